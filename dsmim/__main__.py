@@ -1,0 +1,7 @@
+"""`python -m dsmim …`: what launchers run (`deepspeed --module dsmim train …`, `srun python -m dsmim train …`)."""
+
+import sys
+
+from dsmim.cli import main
+
+sys.exit(main())

@@ -1,0 +1,73 @@
+"""torch DataLoaders over the data sets: which positions make a micro batch, and which rank measures what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from dsmim.data.dataset import EvalDataset, TarDataset, collate
+from dsmim.data.order import rank_positions
+
+
+class _MicroBatches(Sampler):
+    """A rank's micro batches of the steps first … last - 1, in order."""
+
+    def __init__(self, first: int, last: int, global_batch: int, accumulation: int, world_size: int, rank: int):
+        self.steps, self.accumulation = range(first, last), accumulation
+        self.share = (global_batch, world_size, rank)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            positions = rank_positions(step, *self.share)
+            micro = len(positions) // self.accumulation
+            yield from (list(positions[i : i + micro]) for i in range(0, len(positions), micro))
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.accumulation
+
+
+class _EvalBatches(Sampler):
+    """Batch k goes to rank k mod world size, so that a batch holds the same samples at any world size. Every rank gets
+    equally many batches, as ZeRO-3's collectives need: where one lacks, it repeats the first with weight 0."""
+
+    def __init__(self, samples: int, size: int, world_size: int, rank: int):
+        batches = [range(i, min(i + size, samples)) for i in range(0, samples, size)]
+        rounds = -(-len(batches) // world_size)
+        self.mine = [
+            [(sample, 1.0) for sample in batches[number]] if number < len(batches) else [(s, 0.0) for s in batches[0]]
+            for number in range(rank, rounds * world_size, world_size)
+        ]
+
+    def __iter__(self) -> Iterator[list[tuple[int, float]]]:
+        return iter(self.mine)
+
+    def __len__(self) -> int:
+        return len(self.mine)
+
+
+def train_loader(
+    dataset: TarDataset, first: int, last: int, global_batch: int, accumulation: int, world_size: int, rank: int,
+    workers: int, pin: bool,
+) -> DataLoader:  # fmt: skip
+    """The micro batches of steps first … last - 1 for one rank, in order at any number of workers."""
+    batches = _MicroBatches(first, last, global_batch, accumulation, world_size, rank)
+    return _loader(dataset, batches, workers, pin)
+
+
+def eval_loader(dataset: EvalDataset, size: int, world_size: int, rank: int, workers: int, pin: bool) -> DataLoader:
+    """This rank's batches of an evaluation over the whole data set, each sample weighing 1 on exactly one rank."""
+    return _loader(dataset, _EvalBatches(len(dataset), size, world_size, rank), workers, pin)
+
+
+def _loader(dataset: torch.utils.data.Dataset, batches: Sampler, workers: int, pin: bool) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin,
+        prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # its own: the loader must not draw from the model's random stream
+    )

@@ -1,0 +1,122 @@
+"""Which sample comes when: pure arithmetic on (seed, epoch, position), no state.
+
+A position counts samples from the beginning of training, across epochs. In every epoch the shards are permuted and
+cut into windows of a few shards; the samples of a window are permuted among one another. Reading thus touches a few
+files at a time, and the state of the data is one integer, whatever the world size and the number of workers.
+
+Permutations are argsorts of Philox words: NumPy guarantees those bits across versions, unlike Generator's methods.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One sample as one position sees it."""
+
+    epoch: int
+    shard: int
+    """Index into the list of shards."""
+    row: int
+    """Sample within the shard."""
+    sample: int
+    """Sample within the data set, counted in the order of the shards."""
+    repeat: int
+    """Which showing of the sample within the epoch (repeated augmentation)."""
+
+
+def stream_key(*parts: int | str) -> int:
+    """64 bits that depend on every part: the seed of a random stream."""
+    text = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def permutation(n: int, *key: int | str) -> np.ndarray:
+    """A permutation of range(n) that depends on `key` alone."""
+    words = np.random.Philox(key=stream_key(*key)).random_raw(n)
+    return np.argsort(words, kind="stable")
+
+
+class Order:
+    """The order of samples over shards of the given sample counts.
+
+    window: shards mixed with one another; repeats: showings of each sample per epoch, next to one another.
+    """
+
+    def __init__(self, counts: Sequence[int], seed: int, window: int, repeats: int = 1):
+        assert len(counts) and window >= 1 and repeats >= 1
+        self.counts = np.asarray(counts, np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(self.counts)])
+        self.seed, self.window, self.repeats = seed, window, repeats
+        self.samples = int(self.starts[-1])
+        if not self.samples:
+            raise ValueError("data: the shards hold no samples")
+        self._epoch = lru_cache(maxsize=2)(self._permute_shards)
+        self._mixed = lru_cache(maxsize=4)(self._permute_window)
+
+    @property
+    def epoch_samples(self) -> int:
+        """Positions per epoch."""
+        return self.samples * self.repeats
+
+    def __getitem__(self, position: int) -> Draw:
+        epoch, rest = divmod(position, self.epoch_samples)
+        place, repeat = divmod(rest, self.repeats)
+        _, begins = self._epoch(epoch)
+        number = int(np.searchsorted(begins, place, side="right")) - 1
+        shards, rows = self._mixed(epoch, number)
+        shard, row = int(shards[place - begins[number]]), int(rows[place - begins[number]])
+        return Draw(epoch, shard, row, int(self.starts[shard]) + row, repeat)
+
+    def draw_at(self, sample: int, like: Draw) -> Draw:
+        """The draw of another sample (counted over the data set, wrapping around) at the place of `like`."""
+        sample %= self.samples
+        shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        return Draw(like.epoch, shard, sample - int(self.starts[shard]), sample, like.repeat)
+
+    def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's sequence of shards, and the place at which each window begins."""
+        shards = permutation(len(self.counts), self.seed, "shards", epoch)
+        ends = np.cumsum(self.counts[shards])
+        return shards, np.concatenate([[0], ends[self.window - 1 : -1 : self.window]])
+
+    def _permute_window(self, epoch: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(shard, row) of every place of a window."""
+        shards = self._epoch(epoch)[0][number * self.window : (number + 1) * self.window]
+        owners = np.repeat(shards, self.counts[shards])
+        rows = np.concatenate([np.arange(self.counts[shard]) for shard in shards])
+        mixed = permutation(len(rows), self.seed, "window", epoch, number)
+        return owners[mixed], rows[mixed]
+
+
+def rank_positions(step: int, global_batch: int, world_size: int, rank: int) -> range:
+    """The positions of a rank's share of one optimizer step: a contiguous slice of the global batch.
+
+    Raises ValueError when the ranks cannot share the batch evenly.
+    """
+    if global_batch % world_size:
+        raise ValueError(f"batch.global_batch: {global_batch} cannot be shared evenly by {world_size} ranks")
+    share = global_batch // world_size
+    first = step * global_batch + rank * share
+    return range(first, first + share)
+
+
+def accumulation_steps(global_batch: int, micro_batch: int | str, world_size: int) -> int:
+    """Micro batches per rank and step.
+
+    Raises ValueError, with the numbers, when ranks × micro batch does not divide the global batch.
+    """
+    micro = max(1, global_batch // world_size) if micro_batch == "auto" else micro_batch
+    if global_batch % (world_size * micro):
+        raise ValueError(
+            f"batch.global_batch: {global_batch} is not a multiple of {world_size} ranks × micro batch {micro} "
+            f"= {world_size * micro}; change batch.global_batch, batch.micro_batch or the number of ranks"
+        )
+    return global_batch // (world_size * micro)

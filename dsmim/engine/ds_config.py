@@ -1,0 +1,74 @@
+"""The DeepSpeed JSON: read, checked against the recipe, completed.
+
+One owner per setting: the recipe owns what is learned (batch, clipping, precision, optimizer, schedule), the JSON how
+memory and communication are spent. A recipe-owned key may be "auto" or absent in the JSON, as in Hugging Face's
+integration; a value that contradicts the recipe is an error naming both.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+# DeepSpeed 0.19 ignores unknown top-level keys silently; these are the ones it reads (runtime/config.py).
+KNOWN = """
+train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation
+gradient_clipping gradient_predivide_factor gradient_allreduce_op prescale_gradients optimizer scheduler bf16 fp16
+torch_autocast data_types communication_data_type zero_optimization zero_allow_untested_optimizer
+zero_force_ds_cpu_optimizer activation_checkpointing aio checkpoint comms_logger flops_profiler wall_clock_breakdown
+memory_breakdown steps_per_print dump_state disable_allgather disable_python_gc log_level compile timers
+seq_parallel_communication_data_type dataloader_drop_last tensor_parallel
+""".split()
+REFUSED = {
+    "optimizer": "the recipe's optim section builds the optimizer",
+    "scheduler": "the recipe's schedule section sets the learning rate",
+    "bf16": "precision is the recipe's (engine.precision), through torch_autocast: DeepSpeed's bf16 mode casts "
+    "modules whose fp32 buffers Swin V2 needs",
+    "fp16": "precision is the recipe's (engine.precision); fp16 is not supported",
+    "managed_gradient_accumulation": "dsmim relies on DeepSpeed's own accumulation",
+    "data_types": "precision is the recipe's (engine.precision)",
+}
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name → file of every DeepSpeed JSON that comes with dsmim."""
+    folder = Path(str(resources.files("dsmim"))) / "ds_configs"
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
+def load_ds_config(source: str, owned: dict[str, Any]) -> dict[str, Any]:
+    """The complete configuration: the file's keys, and `owned`, the recipe's values for its own keys.
+
+    Raises ValueError listing every unknown key and every contradiction.
+    """
+    path = shipped_configs().get(source, Path(source))
+    if not path.is_file():
+        raise ValueError(f"engine.deepspeed: no file {source!r}, and shipped are {', '.join(shipped_configs())}")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    problems = [_unknown(key) for key in config if key not in KNOWN]
+    problems += [f"{key}: {why}; remove it" for key, why in REFUSED.items() if config.get(key, "auto") != "auto"]
+    problems += [
+        f"{key}: the file says {config[key]!r}, the recipe {value!r}; write \"auto\" or remove it"
+        for key, value in owned.items()
+        if config.get(key, "auto") not in ("auto", value)
+    ]
+    if problems:
+        raise ValueError("".join([f"{path}:", *(f"\n  {problem}" for problem in problems)]))
+    kept = {key: value for key, value in config.items() if value != "auto"}
+    return kept | owned | {"steps_per_print": kept.get("steps_per_print", 10**9)}  # dsmim prints its own line
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    """The ZeRO stage of a complete configuration; DeepSpeed's default is 0."""
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def _unknown(key: str) -> str:
+    close = difflib.get_close_matches(key, KNOWN, n=1)
+    return f"{key}: DeepSpeed reads no such key" + (f"; did you mean {close[0]}?" if close else "; remove it")

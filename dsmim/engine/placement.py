@@ -1,0 +1,143 @@
+"""Who am I among how many: decided once, from what the launcher left in the environment.
+
+In this order: the deepspeed launcher and torchrun (RANK, WORLD_SIZE, …), mpirun (Open MPI's or Hydra's variables,
+then mpi4py), srun (SLURM_* of the step), a lone process. What contradicts itself is an error: several tasks that each
+see a world of one would train the same run several times over, silently.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A process's place among its peers."""
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    """Ranks on this node."""
+    master_addr: str
+    master_port: int
+
+
+def detect(env: Mapping[str, str]) -> Placement:
+    """The placement that the environment describes.
+
+    Raises ValueError when variables are missing, out of range, or contradict one another.
+    """
+    if "RANK" in env or "WORLD_SIZE" in env:
+        place = _from_torch(env)
+    elif "OMPI_COMM_WORLD_SIZE" in env or "MPI_LOCALNRANKS" in env:
+        place = _from_mpi(int(env.get("OMPI_COMM_WORLD_SIZE") or env.get("PMI_SIZE") or 0))
+    elif int(env.get("SLURM_STEP_NUM_TASKS", 0)) > 1:
+        place = _from_slurm(env)
+    else:
+        place = Placement("single process", 0, 1, 0, 1, "127.0.0.1", free_port())
+    _check_range(place)
+    _check_against_slurm(place, env)
+    return place
+
+
+def is_first(env: Mapping[str, str]) -> bool:
+    """Whether this process would speak for all, told without starting anything."""
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    return next((env[name] for name in names if name in env), "0") == "0"
+
+
+def free_port() -> int:
+    """A TCP port that is free on this machine now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _from_torch(env: Mapping[str, str]) -> Placement:
+    missing = [name for name in TORCH_VARIABLES if name not in env]
+    if missing:
+        raise ValueError(
+            f"the launcher set {', '.join(n for n in TORCH_VARIABLES if n in env)} but not {', '.join(missing)}; "
+            "start with deepspeed, torchrun, srun or mpirun, or set all five"
+        )
+    rank, world, local, port = (int(env[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
+    size = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or 1)
+    name = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed" if "CROSS_RANK" in env else "RANK variables"
+    return Placement(name, rank, world, local, size, env["MASTER_ADDR"], port)
+
+
+def _from_mpi(announced: int) -> Placement:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"started by mpirun, but mpi4py cannot load an MPI library: {error}") from None
+    world = MPI.COMM_WORLD
+    if announced and world.size != announced:
+        raise ValueError(
+            f"mpirun announces {announced} ranks but mpi4py sees a world of {world.size}: mpirun and mpi4py belong to "
+            "different MPI installations; use the mpirun of the MPI that mpi4py loads"
+        )
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    address = world.bcast((socket.gethostname(), free_port()) if world.rank == 0 else None)
+    one_node = node.size == world.size
+    host = "127.0.0.1" if one_node else address[0]
+    return Placement("mpirun", world.rank, world.size, node.rank, node.size, host, address[1])
+
+
+def _from_slurm(env: Mapping[str, str]) -> Placement:
+    rank, world, local = (int(env[n]) for n in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
+    per_node = expand_counts(env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    node = int(env.get("SLURM_NODEID", 0))
+    size = per_node[node] if node < len(per_node) else 1
+    # Jobs that share a node must not share a port; nor must two steps of one job.
+    job, step = int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_STEP_ID", 0))
+    port = int(env.get("MASTER_PORT") or 10000 + (job * 17 + step) % 20000)
+    address = env.get("MASTER_ADDR") or _first_host(env)
+    return Placement("srun", rank, world, local, size, address, port)
+
+
+def _first_host(env: Mapping[str, str]) -> str:
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+    if int(env.get("SLURM_STEP_NUM_NODES", 1)) == 1:
+        return "127.0.0.1"
+    try:
+        lines = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return lines.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise ValueError(f"cannot tell the first host of {nodes!r} ({error}); set MASTER_ADDR in the job") from None
+
+
+def expand_counts(text: str) -> list[int]:
+    """[2, 2, 1] of Slurm's '2(x2),1'."""
+    counts = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(count)] * int(times or 1)
+    return counts
+
+
+def _check_range(place: Placement) -> None:
+    if not (0 <= place.rank < place.world_size and 0 <= place.local_rank < place.world_size):
+        raise ValueError(
+            f"{place.launcher}: rank {place.rank} (local rank {place.local_rank}) is outside a world of "
+            f"{place.world_size}"
+        )
+
+
+def _check_against_slurm(place: Placement, env: Mapping[str, str]) -> None:
+    """A Slurm job of several tasks in which a process sees fewer ranks than there are tasks is N separate runs."""
+    step_tasks = int(env.get("SLURM_STEP_NUM_TASKS", 0))
+    tasks = step_tasks or int(env.get("SLURM_NTASKS", 1))
+    if place.world_size < step_tasks or (place.world_size == 1 and tasks > 1):
+        raise ValueError(
+            f"Slurm gives {tasks} tasks but this process sees a world of {place.world_size} ({place.launcher}): they "
+            "would train as separate runs. Start with `srun python -m dsmim …` (or mpirun, torchrun, deepspeed for all "
+            "tasks); for one process on purpose, `srun --ntasks=1 …`"
+        )

@@ -1,0 +1,136 @@
+"""The process group and this process's device."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dsmim.engine.placement import Placement, detect
+
+
+class Stopped(ValueError):
+    """An error that every rank knows of: rank 0 speaks, the others leave quietly."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One rank of a started process group."""
+
+    place: Placement
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return self.place.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.place.world_size
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def together(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on every rank; if any raises ValueError or OSError, all raise, so that none waits for another.
+
+        Ranks that fail alike are reported once.
+        """
+        result, problem = None, None
+        try:
+            result = action()
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        said = self.gather(problem)
+        if any(said):
+            raise Stopped(_merge(said))
+        return result
+
+    def on_first(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on rank 0 and give its (picklable) result to all; its ValueError or OSError too."""
+        result = self.together(lambda: action() if self.is_first else None)
+        box = [result]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, in the order of ranks, on all ranks."""
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor summed over ranks, in place."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def start(timeout_minutes: float = 10) -> Runtime:
+    """Join the process group that the launcher set up, through DeepSpeed.
+
+    Raises ValueError when the environment contradicts itself or a rank has no device of its own.
+    """
+    place = detect(os.environ)
+    accelerated = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    os.environ["DS_ACCELERATOR"] = "cuda" if accelerated else "cpu"
+    index = _device_index(place) if accelerated else place.local_rank
+    os.environ |= {  # what DeepSpeed and torch read
+        "RANK": str(place.rank),
+        "WORLD_SIZE": str(place.world_size),
+        "LOCAL_RANK": str(index),
+        "MASTER_ADDR": place.master_addr,
+        "MASTER_PORT": str(place.master_port),
+    }
+    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # DeepSpeed insists that it equals LOCAL_RANK
+    if accelerated:
+        torch.cuda.set_device(index)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
+    _join(place, accelerated, timedelta(minutes=timeout_minutes))
+    return Runtime(place, torch.device("cuda", index) if accelerated else torch.device("cpu"))
+
+
+def stop() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _join(place: Placement, accelerated: bool, timeout: timedelta) -> None:
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not accelerated:
+        # DeepSpeed would compile a shared-memory collective at first use (a minute, and a compiler); gloo does.
+        deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed(
+        dist_backend="nccl" if accelerated else "gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False
+    )
+    assert dist.get_world_size() == place.world_size
+
+
+def _device_index(place: Placement) -> int:
+    visible = torch.cuda.device_count()
+    if place.local_rank < visible:
+        return place.local_rank
+    if visible == 1:  # one bound GPU per task, as `srun --gpus-per-task=1` gives
+        return 0
+    raise ValueError(f"local rank {place.local_rank} has no GPU of its own: {visible} are visible on this node")
+
+
+def _merge(said: list[str | None]) -> str:
+    messages = {text: [rank for rank, other in enumerate(said) if other == text] for text in said if text}
+    if len(messages) == 1 and len(next(iter(messages.values()))) in (1, len(said)):
+        return next(iter(messages))
+    return "\n".join(f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in messages.items())

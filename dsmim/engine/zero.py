@@ -1,0 +1,136 @@
+"""DeepSpeed behind one small face: forward, backward, step, at ZeRO stage 0, 1, 2 or 3."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dsmim.engine.ds_config import load_ds_config, zero_stage
+from dsmim.engine.optim import build_optimizer, parameter_groups
+from dsmim.engine.runtime import Runtime
+from dsmim.engine.schedule import LearningRate
+from dsmim.recipe import Recipe
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    """Global norm of the gradient before clipping; not finite when the step was skipped for it."""
+    lr: float
+    """The rate of parameters with scale 1."""
+    applied: bool
+
+
+class Engine:
+    """A model under DeepSpeed.
+
+    layers: parameter name → layer id for layer decay; accumulation: micro batches per step.
+    Raises ValueError for a DeepSpeed JSON that contradicts the recipe.
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, int], recipe: Recipe, runtime: Runtime,
+                 accumulation: int, rate: LearningRate):  # fmt: skip
+        import deepspeed
+
+        self.runtime, self.rate, self.accumulation = runtime, rate, accumulation
+        self.precision = resolve_precision(recipe.engine.precision, runtime.device)
+        self.config = load_ds_config(recipe.engine.deepspeed, self._owned(recipe))
+        self.stage = zero_stage(self.config)
+        self.groups = parameter_groups(model, layers, recipe.optim)
+        optimizer = build_optimizer(model, self.groups, recipe.optim, fused=runtime.device.type == "cuda")
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.config)
+        self._check_groups()
+
+    @property
+    def module(self) -> nn.Module:
+        """The model. At stage 3 its parameters are shards: run it by calling the engine."""
+        return self.deepspeed.module
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        return self.deepspeed(*inputs, **options)
+
+    def train(self) -> None:
+        self.deepspeed.train()
+
+    def eval(self) -> None:
+        self.deepspeed.eval()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradient of one micro batch's mean loss, divided by the number of micro batches."""
+        self.deepspeed.backward(loss)
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()  # only counts the micro batch
+
+    def step(self, step: int) -> StepResult:
+        """The optimizer step number `step`, after the last micro batch's backward. A gradient that is not finite is
+        not applied, on any rank."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = self.rate.at(step, group["lr_scale"])
+        norm = self._unpartitioned_norm() if self.stage == 0 else None
+        if norm is not None and not math.isfinite(norm):
+            # DeepSpeed has no overflow check at stage 0: drop the gradient and count the micro batch ourselves.
+            self.deepspeed.zero_grad()
+            self.deepspeed.micro_steps += 1
+            return StepResult(norm, self.rate.at(step), applied=False)
+        self.deepspeed.step()
+        if norm is None:
+            norm = float(self.deepspeed.get_global_grad_norm())
+        applied = self.deepspeed.was_step_applied()
+        return StepResult(norm if applied else math.inf, self.rate.at(step), applied)
+
+    def close(self) -> None:
+        self.deepspeed.destroy()
+
+    def _unpartitioned_norm(self) -> float:
+        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(grads))
+
+    def _owned(self, recipe: Recipe) -> dict[str, Any]:
+        size = recipe.batch.global_batch
+        micro = size // (self.runtime.world_size * self.accumulation)
+        return {
+            "train_batch_size": size,
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": recipe.optim.clip_grad or 0.0,  # always written: DeepSpeed's default is 1.0
+            "torch_autocast": {"enabled": self.precision == "bf16", "dtype": "bfloat16"},
+        }
+
+    def _check_groups(self) -> None:
+        """DeepSpeed must have kept our groups: their number, order, scale, decay, and who is in which."""
+        seen = [(g["lr_scale"], g["weight_decay"]) for g in self.deepspeed.optimizer.param_groups]
+        wanted = [(g.scale, g.weight_decay) for g in self.groups]
+        assert seen == wanted, f"DeepSpeed changed the parameter groups: {seen} instead of {wanted}"
+        members = group_members(self.deepspeed, self.stage)
+        for group, names in zip(self.groups, members, strict=True):
+            assert set(names) == set(group.names), f"DeepSpeed moved parameters between groups: {names}"
+
+
+def resolve_precision(wish: str, device: torch.device) -> str:
+    """bf16 or fp32: auto is bf16 on an accelerator, fp32 on a CPU."""
+    return ("bf16" if device.type == "cuda" else "fp32") if wish == "auto" else wish
+
+
+def group_members(engine: Any, stage: int) -> list[list[str]]:
+    """The names of the parameters that each of DeepSpeed's groups really updates.
+
+    DeepSpeed keeps them in a different place at every stage (runtime/zero/stage3.py: fp16_groups are sub-groups;
+    stage_1_and_2.py: bit16_groups).
+    """
+    optimizer, names = engine.optimizer, engine.param_names
+    if stage == 0:
+        return [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    if stage < 3:
+        return [[names[p] for p in group] for group in optimizer.bit16_groups]
+    members: list[list[str]] = [[] for _ in optimizer.param_groups]
+    for number, group in enumerate(optimizer.fp16_groups):
+        members[optimizer.sub_group_to_group_id[number]] += [names[p] for p in group]
+    return members
+
+

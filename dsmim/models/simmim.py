@@ -1,0 +1,87 @@
+"""SimMIM (arXiv 2111.09886): predict the hidden pixels with one linear layer on the encoder's last map."""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import trunc_normal_
+from torch import nn
+from torch.nn import functional as F
+
+
+class SimMIM(nn.Module):
+    """A masked autoencoder around `encoder`, a Swin Transformer V2 without head.
+
+    target_window: side in pixels (odd) of the sliding window that normalises the target; None: plain pixels.
+    Key names: `encoder.*` as timm names them, `mask_token`, and `decoder.0` as in microsoft/SimMIM.
+    """
+
+    def __init__(self, encoder: nn.Module, target_window: int | None = None):
+        super().__init__()
+        channels = encoder.in_chans
+        self.encoder = encoder
+        self.patch = encoder.patch_embed.patch_size[0]
+        self.target_window = target_window
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.embed_dim))
+        trunc_normal_(self.mask_token, std=0.02)  # as microsoft/SimMIM for Swin
+        stride = encoder.feature_info[-1]["reduction"]
+        self.decoder = nn.Sequential(
+            nn.Conv2d(encoder.num_features, stride**2 * channels, kernel_size=1),
+            nn.PixelShuffle(stride),
+        )
+
+    def forward(self, images: torch.Tensor, mask: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        """Mean absolute error over the hidden pixels and all channels.
+
+        images (B, C, H, W), normalised; mask (B, H/patch, W/patch), true or 1 where hidden.
+        reduction "mean": a scalar, over the whole batch, as the authors compute it (their 1e-5 in the denominator
+        included); "image_sum": (B,), the plain sum of each image's absolute errors, for exact evaluation.
+        """
+        assert reduction in ("mean", "image_sum"), reduction
+        hidden = self.hidden_pixels(mask).float()
+        error = (self.target(images) - self.reconstruct(images, mask).float()).abs() * hidden  # (B, C, H, W)
+        if reduction == "image_sum":
+            return error.sum(dim=(1, 2, 3))
+        return error.sum() / (hidden.sum() + 1e-5) / images.shape[1]
+
+    def reconstruct(self, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The prediction for every pixel, (B, C, H, W), in the space of `target`."""
+        x = self.encoder.patch_embed(images)  # (B, h, w, D), its norm included
+        if mask.shape != x.shape[:3]:
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, the tokens {tuple(x.shape[:3])}")
+        weight = mask.unsqueeze(-1).to(x.dtype)  # (B, h, w, 1)
+        x = x * (1 - weight) + self.mask_token.unsqueeze(0).to(x.dtype) * weight
+        x = self.encoder.norm(self.encoder.layers(x))
+        return self.decoder(x.permute(0, 3, 1, 2))
+
+    def target(self, images: torch.Tensor) -> torch.Tensor:
+        """What is predicted: the images, or the images normalised within a sliding window."""
+        images = images.float()
+        return images if self.target_window is None else sliding_norm(images, self.target_window)
+
+    def hidden_pixels(self, mask: torch.Tensor) -> torch.Tensor:
+        """(B, h, w) token mask → (B, 1, H, W) pixel mask."""
+        return mask.repeat_interleave(self.patch, 1).repeat_interleave(self.patch, 2).unsqueeze(1)
+
+
+def sliding_norm(images: torch.Tensor, window: int) -> torch.Tensor:
+    """Every pixel normalised by mean and unbiased variance of the window around it, per channel.
+
+    The window is cut at the border. images (B, C, H, W); window odd, in pixels.
+    Source: NORM_TARGET in microsoft/Swin-Transformer's SimMIM configurations for Swin V2 (47 pixels, eps 1e-6).
+    """
+    assert window % 2, window
+    ones = torch.ones_like(images[:1, :1])
+    count = _window_sum(ones, window)  # (1, 1, H, W): pixels inside, fewer at the border
+    # Centred first: the variance below is a difference of two sums and would lose digits to a large mean.
+    centre = images.mean(dim=(2, 3), keepdim=True)
+    shifted = images - centre
+    mean = _window_sum(shifted, window) / count
+    square = _window_sum(shifted**2, window) / count
+    variance = ((square - mean**2) * count / (count - 1)).clamp(min=0)
+    return (shifted - mean) / (variance + 1e-6).sqrt()
+
+
+def _window_sum(x: torch.Tensor, window: int) -> torch.Tensor:
+    """Sum over the window around every pixel, zeros beyond the border: rows, then columns."""
+    rows = F.avg_pool2d(x, (1, window), stride=1, padding=(0, window // 2))
+    return F.avg_pool2d(rows, (window, 1), stride=1, padding=(window // 2, 0)) * window**2

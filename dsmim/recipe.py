@@ -1,0 +1,347 @@
+"""The recipe: a typed, validated description of one run.
+
+YAML in, every error out at once. This module is the ground floor: it imports nothing else of dsmim and nothing
+heavy, so that `dsmim recipes` and a submission check answer at once.
+"""
+
+from __future__ import annotations
+
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dsmim.recipe_errors import RecipeError, explain
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Duration(Section):
+    """A length of training, in exactly one of three units."""
+
+    steps: Annotated[int, Field(ge=0)] | None = None
+    """Optimizer steps."""
+    epochs: Annotated[float, Field(ge=0)] | None = None
+    """Passes over the training set (with repeated augmentation, an epoch holds every repeat)."""
+    samples: Annotated[int, Field(ge=0)] | None = None
+    """Training samples seen."""
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> Duration:
+        if sum(v is not None for v in (self.steps, self.epochs, self.samples)) != 1:
+            raise ValueError("give exactly one of steps, epochs, samples")
+        return self
+
+    def in_steps(self, global_batch: int, epoch_samples: int) -> int:
+        """Optimizer steps, rounded up so that the last sample asked for is seen."""
+        if self.steps is not None:
+            return self.steps
+        samples = self.samples if self.samples is not None else self.epochs * epoch_samples
+        return math.ceil(samples / global_batch - 1e-9)  # 1e-9: float epochs such as 0.1 * 10 must not add a step
+
+
+class SimMIMTask(Section):
+    """Masked image modelling (SimMIM, arXiv 2111.09886)."""
+
+    name: Literal["simmim"]
+    mask_ratio: Share = 0.6
+    """Share of mask patches hidden; their number is rounded up, as in the authors' code."""
+    mask_patch: Count = 32
+    """Side of a mask patch in pixels: a multiple of the model's patch size that divides the image."""
+    target_window: Count | None = None
+    """Side in pixels of the sliding window that normalises the target; null reconstructs plain pixels."""
+
+    @model_validator(mode="after")
+    def _odd_window(self) -> SimMIMTask:
+        if self.target_window is not None and self.target_window % 2 == 0:
+            raise ValueError(f"target_window must be odd so that it has a centre pixel, got {self.target_window}")
+        return self
+
+
+class ClassifyTask(Section):
+    """Supervised classification with cross entropy over soft targets."""
+
+    name: Literal["classify"]
+    num_classes: Annotated[int, Field(ge=2)]
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    """Alpha of mixup's Beta distribution; 0 is off."""
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    """Alpha of CutMix's Beta distribution; 0 is off."""
+    mix_switch: Share = 0.5
+    """When both are on, the share of steps that use CutMix."""
+
+
+class Model(Section):
+    name: str
+    """A name that `dsmim.models.create_model` knows."""
+    img_size: Count
+    """Side of the square input in pixels."""
+    window_size: Count
+    """Attention window in tokens (clamped to the feature map)."""
+    drop_path_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Stochastic depth of the deepest block; it grows linearly from 0."""
+    pretrained_window_sizes: list[int] | None = None
+    """Per stage: window of the pre-training, to which the position-bias coordinates are scaled (0: this window)."""
+    grad_checkpointing: bool = False
+    """Recompute every block in the backward pass instead of keeping its activations."""
+    weights: str | None = None
+    """Where training starts from: a run directory, one of its checkpoints, or a .safetensors file."""
+
+
+class Augment(Section):
+    """What the pixels of a training image go through, before normalisation."""
+
+    crop_scale: tuple[Positive, Positive] = (0.67, 1.0)
+    """Area of the random resized crop, as a share of the image."""
+    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    hflip: Share = 0.5
+    vflip: Share = 0.0
+    rand_augment: str | None = None
+    """timm's RandAugment string, such as rand-m9-mstd0.5-inc1."""
+    random_erasing: Share = 0.0
+    """Share of images of which a rectangle becomes per-pixel noise."""
+    eval_crop_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Evaluation: the centre crop's side over the resized short side."""
+    eval_interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+
+
+class Data(Section):
+    train: str | list[str] | None = None
+    """Training shards: paths, globs, or brace patterns such as train-{000000..000146}.tar."""
+    val: str | list[str] | None = None
+    """Validation shards; null trains without validation."""
+    index_dir: str | None = None
+    """Where the sidecar indexes lie when the shards' own folder is read-only; null: beside each tar."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Decoding processes per rank; changes speed only, never the data."""
+    shuffle_window: Count = 16
+    """Shards whose samples are mixed with one another."""
+    repeats: Count = 1
+    """Repeated augmentation: how often an epoch shows each sample (arXiv 1901.09335)."""
+    max_undecodable: Share = 0.001
+    """Share of undecodable training images, over one session of the run, above which training stops."""
+    augment: Augment = Augment()
+
+
+class Batch(Section):
+    global_batch: Count
+    """Samples per optimizer step, over all ranks."""
+    micro_batch: Count | Literal["auto"] = "auto"
+    """Samples that one rank computes at once; auto: global batch / ranks. The rest is gradient accumulation."""
+    eval_batch: Count = 64
+    """Samples of one validation batch."""
+
+
+class Optim(Section):
+    name: Literal["adamw"] = "adamw"
+    lr: Positive
+    """Peak learning rate, before lr_scaling."""
+    lr_scaling: Literal["none", "linear"] = "none"
+    """linear: lr, warmup_lr and min_lr are multiplied by global_batch / lr_base_batch."""
+    lr_base_batch: Count = 512
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    no_decay: list[str] = ["*mask_token", "*logit_scale", "*cpb_mlp*", "*pos_embed", "*cls_token"]
+    """Shell patterns of parameter names without weight decay; biases and other 1-D tensors never have any."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor on the learning rate per layer below the head (arXiv 2106.08254)."""
+    clip_grad: Positive | None = 5.0
+    """Largest global gradient norm; null: no clipping."""
+
+
+class Schedule(Section):
+    name: Literal["cosine", "multistep"] = "cosine"
+    duration: Duration
+    warmup: Duration = Duration(steps=0)
+    warmup_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at step 0 of the warm-up."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Floor of the cosine."""
+    milestones: list[Duration] = []
+    """Multistep: when the rate is multiplied by gamma."""
+    gamma: Positive = 0.1
+
+    @model_validator(mode="after")
+    def _milestones_fit(self) -> Schedule:
+        if (self.name == "multistep") != bool(self.milestones):
+            raise ValueError("milestones belong to the multistep schedule, which needs at least one")
+        return self
+
+
+class Engine(Section):
+    deepspeed: str = "zero3"
+    """A DeepSpeed JSON: the name of one that dsmim ships, or a path."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast on an accelerator, fp32 on CPU."""
+    max_skipped: Annotated[int, Field(ge=0)] = 10
+    """Consecutive steps skipped for a non-finite loss or gradient after which the run stops."""
+    timeout_minutes: Positive = 10
+    """How long a rank waits for another before the job ends with an error."""
+
+
+class Validation(Section):
+    every: Duration = Duration(epochs=1)
+    """How often the validation set is measured; always at the end too."""
+
+
+class Checkpoint(Section):
+    every: Duration = Duration(epochs=1)
+    """How often a checkpoint is written; always at the end too."""
+    keep: Count = 2
+    """Newest checkpoints that stay on disk."""
+
+
+class Log(Section):
+    every: Count = 10
+    """Steps between two lines of the log."""
+    tensorboard: bool = True
+
+
+class Recipe(Section):
+    """Everything that decides what a run learns, and how it is run."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    seed: Annotated[int, Field(ge=0)] = 0
+    task: Annotated[Union[SimMIMTask, ClassifyTask], Field(discriminator="name")]
+    model: Model
+    data: Data = Data()
+    batch: Batch
+    optim: Optim
+    schedule: Schedule
+    engine: Engine = Engine()
+    validation: Validation = Validation()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+    def to_yaml(self) -> str:
+        """The recipe with every default filled in; loading it gives the same recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=False), sort_keys=False)
+
+
+# Keys that change how fast or how observably a run goes, not what it learns: they may differ at a resume.
+FREE_KEYS = ("data.workers", "data.index_dir", "batch.micro_batch", "log", "checkpoint", "engine.timeout_minutes")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice instead of keeping the last one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"key given twice: {', '.join(twice)}", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name → file of every recipe that comes with dsmim."""
+    folder = Path(str(resources.files("dsmim"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe by its shipped name or its path, apply `key=value` overrides, validate.
+
+    Raises RecipeError (a ValueError) that lists every problem, each with its key and the mend.
+    """
+    tree = _read_yaml(_locate(source))
+    problems = [problem for item in overrides if (problem := _override(tree, item))]
+    return parse_recipe(tree, source, problems)
+
+
+def parse_recipe(tree: dict[str, Any], source: str, problems: list[str] | None = None) -> Recipe:
+    """Validate a recipe that was read already; `problems` found before are reported along."""
+    problems = list(problems or [])
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(source, problems + explain(error, Recipe)) from None
+    problems += _contradictions(recipe)
+    if problems:
+        raise RecipeError(source, problems)
+    return recipe
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """`key: old → new` for every key that changes what is learned."""
+    before, after = (_flatten(r.model_dump(mode="json")) for r in (old, new))
+    free = tuple(key + "." for key in FREE_KEYS)
+    changed = [k for k in before | after if before.get(k) != after.get(k) and not (k + ".").startswith(free)]
+    return [f"{key}: {before.get(key)} → {after.get(key)}" for key in changed]
+
+
+def _locate(source: str) -> Path:
+    shipped = shipped_recipes()
+    path = shipped.get(source, Path(source))
+    if not path.is_file():
+        raise RecipeError(source, [f"no such file, and no shipped recipe of that name ({', '.join(shipped)})"])
+    return path
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(), Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise RecipeError(str(path), [f"not valid YAML: {error}"]) from None
+    if not isinstance(tree, dict):
+        raise RecipeError(str(path), ["the file must hold a mapping of keys to values"])
+    return tree
+
+
+def _override(tree: dict[str, Any], item: str) -> str | None:
+    """Apply one `a.b=value` in place; gives the problem, or None."""
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        return f"override {item!r} is not of the form key=value"
+    *parents, leaf = key.split(".")
+    for part in parents:
+        if tree.get(part) is None:
+            tree[part] = {}
+        tree = tree[part]
+        if not isinstance(tree, dict):
+            return f"override {item!r}: {part} holds a value, not a section"
+    try:
+        tree[leaf] = text if text.startswith("*") else yaml.safe_load(text)  # a glob is no YAML alias
+    except yaml.YAMLError as error:
+        return f"override {item!r}: the value is not valid YAML ({error})"
+    return None
+
+
+def _contradictions(recipe: Recipe) -> list[str]:
+    """Problems between sections, which no section can see alone."""
+    batch, problems = recipe.batch, []
+    if batch.micro_batch != "auto" and batch.global_batch % batch.micro_batch:
+        problems.append(
+            f"batch.global_batch: {batch.global_batch} is not a multiple of batch.micro_batch {batch.micro_batch}"
+        )
+    if recipe.task.name == "simmim" and recipe.model.img_size % recipe.task.mask_patch:
+        problems.append(
+            f"task.mask_patch: {recipe.task.mask_patch} does not divide model.img_size {recipe.model.img_size}"
+        )
+    mixes = recipe.task.name == "classify" and (recipe.task.mixup or recipe.task.cutmix)
+    if mixes and (batch.global_batch % 2 or (batch.micro_batch != "auto" and batch.micro_batch % 2)):
+        problems.append("batch: mixup and cutmix pair neighbours, so global_batch and micro_batch must be even")
+    return problems
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat

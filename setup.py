@@ -1,0 +1,44 @@
+"""Packaging of dsmim. `dsmim/ds_configs` and `dsmim/slurm` are links to the folders at the root, so that users find
+the files where they look for them and an installed wheel carries them too."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1] for line in (ROOT / "dsmim/__init__.py").read_text().splitlines() if line.startswith("__version__")
+)
+
+setup(
+    name="dsmim",
+    version=VERSION,
+    description="Billion-parameter vision models on DeepSpeed: SimMIM and DeiT III from WebDataset tars",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["dsmim", "dsmim.*"]),
+    package_data={"dsmim": ["recipes/*.yaml", "ds_configs/*.json", "slurm/*.sbatch"]},
+    install_requires=[
+        "torch>=2.8",
+        "torchvision>=0.23",
+        "timm>=1.0.20",
+        "deepspeed>=0.19.6,<0.20",
+        "mpi4py>=4",
+        "webdataset>=1.0",
+        "pyyaml>=6",
+        "psutil>=5.9",
+        "pydantic>=2.7",
+        "safetensors>=0.4",
+        "tqdm>=4.60",
+        "numpy>=1.26",
+        "pillow>=10",
+        "tensorboard>=2.15",
+    ],
+    extras_require={
+        "demo": ["elpv-dataset==1.0.0.post1", "scikit-learn>=1.4"],
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "openmpi>=5"],
+    },
+    entry_points={"console_scripts": ["dsmim = dsmim.cli:main"]},
+)
