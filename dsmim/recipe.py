@@ -6,6 +6,7 @@ heavy, so that `dsmim recipes` and a submission check answer at once.
 
 from __future__ import annotations
 
+import copy
 import math
 from importlib import resources
 from pathlib import Path
@@ -131,8 +132,8 @@ class Data(Section):
     """Shards whose samples are mixed with one another."""
     repeats: Count = 1
     """Repeated augmentation: how often an epoch shows each sample (arXiv 1901.09335)."""
-    max_undecodable: Share = 0.001
-    """Share of undecodable training images, over one session of the run, above which training stops."""
+    max_undecodable: Share = 0.01
+    """Share of undecodable training images (of those seen, but at least of one epoch) above which training stops."""
     augment: Augment = Augment()
 
 
@@ -258,7 +259,12 @@ def load_recipe(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Rec
 
     Raises RecipeError (a ValueError) that lists every problem, each with its key and the mend.
     """
-    tree = _read_yaml(_locate(source))
+    return apply_overrides(_read_yaml(_locate(source)), source, overrides)
+
+
+def apply_overrides(tree: dict[str, Any], source: str, overrides: list[str] | tuple[str, ...]) -> Recipe:
+    """The recipe that a tree of keys describes, with `key=value` overrides applied. Raises RecipeError."""
+    tree = copy.deepcopy(tree)
     problems = [problem for item in overrides if (problem := _override(tree, item))]
     return parse_recipe(tree, source, problems)
 
@@ -274,6 +280,13 @@ def parse_recipe(tree: dict[str, Any], source: str, problems: list[str] | None =
     if problems:
         raise RecipeError(source, problems)
     return recipe
+
+
+def required(value: Any, key: str) -> Any:
+    """The value of a recipe key that a command cannot do without. Raises ValueError when it is null."""
+    if value is None:
+        raise ValueError(f"{key}: missing, must be given (in the recipe, or as {key}=…)")
+    return value
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

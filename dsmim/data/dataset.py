@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tarfile
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,15 @@ from dsmim.data.transforms import Undecodable, decode, seeded
 
 OPEN_SHARDS = 64  # file descriptors a process keeps open
 STAND_INS = 10  # neighbours tried in place of an undecodable image
+
+
+class DataError(ValueError):
+    """A shard that cannot be trained on. Raised in a data worker, it reaches the user without the traceback that
+    torch's DataLoader wraps around it."""
+
+    def __init__(self, message: str):
+        super().__init__(message.rsplit("DataError: ", 1)[-1].strip())
+
 
 # image (3, H, W) uint8 and label → the tensors of one sample; runs under the sample's own random streams
 SampleTransform = Callable[[torch.Tensor, int | None], dict[str, Any]]
@@ -32,21 +42,28 @@ class ShardReader:
         return {"shards": self.shards, "_files": OrderedDict()}  # descriptors do not travel between processes
 
     def read(self, shard: int, row: int) -> tuple[str, dict[str, bytes]]:
-        """Key and members (extension → bytes). Raises ValueError when the shard is no longer what was indexed."""
+        """Key and members (extension → bytes). Raises DataError when the shard is no longer what was indexed."""
         offset, length = (int(value) for value in self.shards[shard].records[row])
         data = os.pread(self._descriptor(shard), length, offset)
         if len(data) < length:
-            raise ValueError(f"{self.shards[shard].tar}: has shrunk since training began")
-        key, members = parse_sample(data)
+            raise DataError(f"{self.shards[shard].tar}: has shrunk since training began")
+        try:
+            key, members = parse_sample(data)
+        except tarfile.TarError:
+            key = ""
         if not key:
-            raise ValueError(f"{self.shards[shard].tar}: no sample at byte {offset}; index the shard again")
+            raise DataError(f"{self.shards[shard].tar}: no sample at byte {offset}; index the shard again")
         return key, members
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._files:
+            tar = self.shards[shard].tar
             if len(self._files) >= OPEN_SHARDS:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self.shards[shard].tar, os.O_RDONLY)
+            try:
+                self._files[shard] = os.open(tar, os.O_RDONLY)
+            except OSError as error:
+                raise DataError(f"{tar}: cannot be opened: {error.strerror}") from None
         self._files.move_to_end(shard)
         return self._files[shard]
 
@@ -55,8 +72,8 @@ class TarDataset(Dataset):
     """Training samples by position. An undecodable image is replaced by the next one of the data set that decodes, so
     that batches keep their shape; the sample then carries the fault in `undecodable`."""
 
-    def __init__(self, shards: list[ShardIndex], order: Order, transform: SampleTransform, labelled: bool):
-        self.reader, self.order, self.transform, self.labelled = ShardReader(shards), order, transform, labelled
+    def __init__(self, shards: list[ShardIndex], order: Order, transform: SampleTransform, classes: int | None):
+        self.reader, self.order, self.transform, self.classes = ShardReader(shards), order, transform, classes
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         draw = self.order[position]
@@ -69,15 +86,10 @@ class TarDataset(Dataset):
                 faults.append(str(fault))
                 continue
             return sample | {"position": position, "undecodable": faults}
-        raise ValueError(f"{STAND_INS} undecodable images in a row: {'; '.join(faults)}")
-
-    def key(self, position: int) -> tuple[str, ShardIndex]:
-        """Key of the sample at a position and the shard it lies in, without decoding it."""
-        draw = self.order[position]
-        return self.reader.read(draw.shard, draw.row)[0], self.reader.shards[draw.shard]
+        raise DataError(f"{STAND_INS} undecodable images in a row: {'; '.join(faults)}")
 
     def _sample(self, draw: Draw) -> dict[str, Any]:
-        key, image, label = load(self.reader, draw.shard, draw.row, self.labelled)
+        key, image, label = load(self.reader, draw.shard, draw.row, self.classes)
         with seeded(stream_key(self.order.seed, "sample", draw.epoch, draw.sample, draw.repeat)):
             return {"key": key, **self.transform(image, label)}
 
@@ -86,8 +98,8 @@ class EvalDataset(Dataset):
     """Every sample once, in the order of the shards; its random streams depend on its key alone. An undecodable image
     counts nothing: it comes as zeros with weight 0, and its fault in `undecodable`."""
 
-    def __init__(self, shards: list[ShardIndex], transform: SampleTransform, labelled: bool):
-        self.reader, self.transform, self.labelled = ShardReader(shards), transform, labelled
+    def __init__(self, shards: list[ShardIndex], transform: SampleTransform, classes: int | None):
+        self.reader, self.transform, self.classes = ShardReader(shards), transform, classes
         self.rows = [(shard, row) for shard, index in enumerate(shards) for row in range(index.samples)]
 
     def __len__(self) -> int:
@@ -98,7 +110,7 @@ class EvalDataset(Dataset):
         shard, row = self.rows[sample]
         faults: list[str] = []
         try:
-            key, image, label = load(self.reader, shard, row, self.labelled)
+            key, image, label = load(self.reader, shard, row, self.classes)
         except Undecodable as fault:
             key, image, label, weight = str(row), torch.zeros(3, 8, 8, dtype=torch.uint8), 0, 0.0
             faults.append(str(fault))
@@ -107,27 +119,30 @@ class EvalDataset(Dataset):
         return {"key": key, **tensors, "weight": weight, "undecodable": faults}
 
 
-def load(reader: ShardReader, shard: int, row: int, labelled: bool) -> tuple[str, torch.Tensor, int | None]:
-    """(key, image, label) of one sample. Raises Undecodable for a bad image, ValueError for a missing label."""
+def load(reader: ShardReader, shard: int, row: int, classes: int | None) -> tuple[str, torch.Tensor, int | None]:
+    """(key, image, label) of one sample. Raises Undecodable for a bad image, DataError for a missing label."""
     key, members = reader.read(shard, row)
     tar = reader.shards[shard].tar
     extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
     if extension is None:
-        raise ValueError(f"{tar}: sample {key} has no image; index the shard again")
-    label = _label(tar, key, members) if labelled else None
+        raise DataError(f"{tar}: sample {key} has no image; index the shard again")
+    label = None if classes is None else _label(tar, key, members, classes)
     try:
         return key, decode(members[extension]), label
     except Undecodable as error:
         raise Undecodable(f"{tar}: {key}.{extension} cannot be decoded: {error}") from None
 
 
-def _label(tar, key: str, members: dict[str, bytes]) -> int:
+def _label(tar, key: str, members: dict[str, bytes], classes: int) -> int:
     try:
-        return int(members["cls"])
+        label = int(members["cls"])
     except KeyError:
-        raise ValueError(f"{tar}: sample {key} has no label ({key}.cls)") from None
+        raise DataError(f"{tar}: sample {key} has no label ({key}.cls)") from None
     except ValueError:
-        raise ValueError(f"{tar}: label {key}.cls is no whole number: {members['cls'][:20]!r}") from None
+        raise DataError(f"{tar}: label {key}.cls is no whole number: {members['cls'][:20]!r}") from None
+    if not 0 <= label < classes:
+        raise DataError(f"{tar}: label {key}.cls is {label}; task.num_classes {classes} allows 0 to {classes - 1}")
+    return label
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -80,11 +80,11 @@ def write_index(tar: Path, index_dir: str | Path | None = None) -> ShardIndex:
         raise ValueError(f"{tar}: changed while it was being indexed; index it again when its writer has finished")
     path = index_file(tar, index_dir)
     index = ShardIndex(tar, path, len(records), before.st_size, digest)
-    header = json.dumps({"dsmim_index": VERSION, "samples": len(records), "tar_bytes": before.st_size, "sha256": digest})
+    about = {"dsmim_index": VERSION, "samples": len(records), "tar_bytes": before.st_size, "sha256": digest}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("wb") as file:
-        file.write(header.encode().ljust(PAGE))
+        file.write(json.dumps(about).encode().ljust(PAGE))
         file.write(np.asarray(records, "<u8").tobytes())
     temporary.replace(path)
     return index

@@ -12,20 +12,21 @@ from dsmim.data.order import rank_positions
 
 
 class _MicroBatches(Sampler):
-    """A rank's micro batches of the steps first … last - 1, in order."""
+    """A rank's micro batches of `steps` global batches, the first of which begins at position `consumed`."""
 
-    def __init__(self, first: int, last: int, global_batch: int, accumulation: int, world_size: int, rank: int):
-        self.steps, self.accumulation = range(first, last), accumulation
+    def __init__(self, consumed: int, steps: int, global_batch: int, accumulation: int, world_size: int, rank: int):
+        self.begins = range(consumed, consumed + steps * global_batch, global_batch)
+        self.accumulation = accumulation
         self.share = (global_batch, world_size, rank)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps:
-            positions = rank_positions(step, *self.share)
+        for begin in self.begins:
+            positions = rank_positions(begin, *self.share)
             micro = len(positions) // self.accumulation
             yield from (list(positions[i : i + micro]) for i in range(0, len(positions), micro))
 
     def __len__(self) -> int:
-        return len(self.steps) * self.accumulation
+        return len(self.begins) * self.accumulation
 
 
 class _EvalBatches(Sampler):
@@ -48,11 +49,11 @@ class _EvalBatches(Sampler):
 
 
 def train_loader(
-    dataset: TarDataset, first: int, last: int, global_batch: int, accumulation: int, world_size: int, rank: int,
+    dataset: TarDataset, consumed: int, steps: int, global_batch: int, accumulation: int, world_size: int, rank: int,
     workers: int, pin: bool,
 ) -> DataLoader:  # fmt: skip
-    """The micro batches of steps first … last - 1 for one rank, in order at any number of workers."""
-    batches = _MicroBatches(first, last, global_batch, accumulation, world_size, rank)
+    """One rank's micro batches of `steps` steps, after `consumed` samples; in order at any number of workers."""
+    batches = _MicroBatches(consumed, steps, global_batch, accumulation, world_size, rank)
     return _loader(dataset, batches, workers, pin)
 
 

@@ -16,6 +16,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from dsmim.data.index import ShardIndex
+from dsmim.recipe import Recipe
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -96,15 +99,21 @@ class Order:
         return owners[mixed], rows[mixed]
 
 
-def rank_positions(step: int, global_batch: int, world_size: int, rank: int) -> range:
-    """The positions of a rank's share of one optimizer step: a contiguous slice of the global batch.
+def training_order(recipe: Recipe, shards: list[ShardIndex]) -> Order:
+    """The order that a recipe gives to the samples of its training shards."""
+    counts = [index.samples for index in shards]
+    return Order(counts, recipe.seed, recipe.data.shuffle_window, recipe.data.repeats)
+
+
+def rank_positions(begin: int, global_batch: int, world_size: int, rank: int) -> range:
+    """The positions of a rank's share of the global batch that begins at position `begin`: a contiguous slice.
 
     Raises ValueError when the ranks cannot share the batch evenly.
     """
     if global_batch % world_size:
         raise ValueError(f"batch.global_batch: {global_batch} cannot be shared evenly by {world_size} ranks")
     share = global_batch // world_size
-    first = step * global_batch + rank * share
+    first = begin + rank * share
     return range(first, first + share)
 
 

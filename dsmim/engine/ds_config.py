@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 # DeepSpeed 0.19 ignores unknown top-level keys silently; these are the ones it reads (runtime/config.py).
-KNOWN = """
+_KNOWN = """
 train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation
 gradient_clipping gradient_predivide_factor gradient_allreduce_op prescale_gradients optimizer scheduler bf16 fp16
 torch_autocast data_types communication_data_type zero_optimization zero_allow_untested_optimizer
 zero_force_ds_cpu_optimizer activation_checkpointing aio checkpoint comms_logger flops_profiler wall_clock_breakdown
 memory_breakdown steps_per_print dump_state disable_allgather disable_python_gc log_level compile timers
 seq_parallel_communication_data_type dataloader_drop_last tensor_parallel
-""".split()
+"""
+KNOWN = _KNOWN.split()
 REFUSED = {
     "optimizer": "the recipe's optim section builds the optimizer",
     "scheduler": "the recipe's schedule section sets the learning rate",
@@ -54,7 +55,7 @@ def load_ds_config(source: str, owned: dict[str, Any]) -> dict[str, Any]:
     problems = [_unknown(key) for key in config if key not in KNOWN]
     problems += [f"{key}: {why}; remove it" for key, why in REFUSED.items() if config.get(key, "auto") != "auto"]
     problems += [
-        f"{key}: the file says {config[key]!r}, the recipe {value!r}; write \"auto\" or remove it"
+        f'{key}: the file says {config[key]!r}, the recipe {value!r}; write "auto" or remove it'
         for key, value in owned.items()
         if config.get(key, "auto") not in ("auto", value)
     ]

@@ -132,5 +132,3 @@ def group_members(engine: Any, stage: int) -> list[list[str]]:
     for number, group in enumerate(optimizer.fp16_groups):
         members[optimizer.sub_group_to_group_id[number]] += [names[p] for p in group]
     return members
-
-

@@ -68,5 +68,3 @@ def _layer_id(name: str, depths: list[int]) -> int:
     if match := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name):
         return sum(depths[: int(match[1])]) + int(match[2]) + 1
     return sum(depths) + 1
-
-

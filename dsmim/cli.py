@@ -1,0 +1,234 @@
+"""The commands. Nothing heavy is imported until a command runs, so that `dsmim --help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from dsmim import __version__
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; gives the exit status. What a user can mend ends in one message and status 1."""
+    options = _parse(arguments)
+    try:
+        return options.run(options) or 0
+    except BrokenPipeError:  # `dsmim samples … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        if _speaks(error):
+            print(f"dsmim: error: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """argparse takes `key=value` words only directly behind the recipe; a user puts them behind options too."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    strange = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def _speaks(error: Exception) -> bool:
+    """Errors that every rank knows of are told by rank 0 alone."""
+    from dsmim.engine.placement import is_first
+    from dsmim.recipe import RecipeError
+
+    shared = isinstance(error, RecipeError) or type(error).__name__ == "Stopped"
+    return is_first(os.environ) or not shared
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Train billion-parameter vision models on DeepSpeed, from WebDataset tars."
+    parser = argparse.ArgumentParser("dsmim", description=about, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"dsmim {__version__}")
+    # The deepspeed launcher passes it; the rank comes from the environment.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_shards(commands)
+    _add_samples(commands)
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_export(commands)
+    _add_recipes(commands)
+    return parser
+
+
+def _command(commands, name: str, help: str, run) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="recipe keys to change, such as batch.global_batch=64"
+    )
+
+
+def _add_shards(commands) -> None:
+    shards = commands.add_parser("shards", help="Build, index and verify WebDataset shards", allow_abbrev=False)
+    commands = shards.add_subparsers(required=True, metavar="COMMAND")
+    build = _command(commands, "build", "Write shards from an image folder or a CSV/TSV of path,label", _shards_build)
+    build.add_argument("source", type=Path, help="a folder of images, of class folders, or a table")
+    build.add_argument("out", type=Path, help="folder for the shards")
+    build.add_argument("--root", type=Path, help="folder that a table's paths are relative to (default: its own)")
+    build.add_argument("--name", default="data", help="shards are named NAME-000000.tar (default: data)")
+    build.add_argument("--split", type=_split, default={}, metavar="train=0.9,val=0.1", help="shares, one name each")
+    build.add_argument("--per-shard", type=_count, default=1000, help="images per shard (default: 1000)")
+    build.add_argument("--short-side", type=_count, help="shrink larger images to this short side, in pixels")
+    build.add_argument("--seed", type=int, default=0, help="of the shuffle before writing (default: 0)")
+    index = _command(commands, "index", "Index anyone's WebDataset tars, so that they can be trained on", _shards_index)
+    index.add_argument("--force", action="store_true", help="index again what has a valid index")
+    verify = _command(commands, "verify", "Compare shards with their indexes; tell what is wrong where", _shards_verify)
+    verify.add_argument("--decode", action="store_true", help="decode every image too")
+    for command in (index, verify):
+        command.add_argument("shards", nargs="+", help="tars, folders, globs or brace patterns")
+        command.add_argument("--index-dir", help="where indexes lie when the shards' folder is read-only")
+    for command in (build, index, verify):
+        command.add_argument("--workers", type=_count, default=len(os.sched_getaffinity(0)), help="processes")
+
+
+def _add_samples(commands) -> None:
+    samples = _command(commands, "samples", "Print the keys of the samples that steps see, one a line", _samples)
+    samples.add_argument("recipe", help="a recipe's name or file")
+    samples.add_argument("--steps", type=_steps, required=True, metavar="A:B", help="steps A … B-1, counted from 0")
+    samples.add_argument("--world-size", type=_count, default=1)
+    samples.add_argument("--rank", type=int, help="only this rank's share (default: the whole global batch)")
+    samples.add_argument("--shards", action="store_true", help="print the shard too, after a tab")
+    _add_overrides(samples)
+
+
+def _add_train(commands) -> None:
+    train = _command(commands, "train", "Train a recipe; an existing run directory is resumed", _train)
+    train.add_argument("recipe", help="a recipe's name or file")
+    train.add_argument("--run-dir", type=Path, help="where checkpoints and logs go (default: runs/RECIPE)")
+    train.add_argument("--fork", action="store_true", help="go on although the recipe has changed")
+    train.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    _add_overrides(train)
+
+
+def _add_evaluate(commands) -> None:
+    evaluate = _command(commands, "evaluate", "Measure a checkpoint on data.val, exactly, at any world size", _evaluate)
+    evaluate.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory for its newest valid one")
+    evaluate.add_argument("--json", type=Path, help="write the figures there too")
+    evaluate.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    _add_overrides(evaluate)
+
+
+def _add_export(commands) -> None:
+    export = _command(commands, "export", "Write a checkpoint's weights for other tools", _export)
+    export.add_argument("checkpoint", type=Path)
+    export.add_argument("--to", choices=["timm"], default="timm", help="layout of the keys")
+    export.add_argument("out", type=Path, help="a .safetensors file")
+
+
+def _add_recipes(commands) -> None:
+    recipes = _command(commands, "recipes", "List the shipped recipes, or print one with every default", _recipes)
+    recipes.add_argument("recipe", nargs="?", help="a recipe's name or file")
+    _add_overrides(recipes)
+
+
+def _shards_build(options) -> None:
+    from dsmim.data.shard_writer import build, read_sources, split_sources
+
+    sources, classes = read_sources(options.source, options.root)
+    parts = split_sources(sources, options.split or {options.name: 1.0}, options.seed)
+    shards = build(parts, options.out, classes, options.per_shard, options.workers, options.short_side)
+    print(f"{sum(len(part) for part in parts.values())} images in {len(shards)} shards under {options.out}")
+
+
+def _shards_index(options) -> None:
+    from dsmim.data.shards import index_all
+
+    indexes = index_all(options.shards, options.index_dir, options.workers, options.force)
+    print(f"{len(indexes)} shards, {sum(index.samples for index in indexes)} samples")
+
+
+def _shards_verify(options) -> int:
+    from dsmim.data.shards import verify_all
+
+    problems = verify_all(options.shards, options.index_dir, options.workers, options.decode)
+    for problem in problems:
+        print(problem)
+    print(f"{len(problems)} problems" if problems else "all shards are as indexed")
+    return 1 if problems else 0
+
+
+def _samples(options) -> None:
+    from dsmim.recipe import load_recipe
+    from dsmim.samples import sample_keys
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    for key, shard in sample_keys(recipe, options.steps, options.world_size, options.rank):
+        print(f"{key}\t{shard}" if options.shards else key)
+
+
+def _train(options) -> None:
+    from dsmim.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    from dsmim.train import fit
+
+    fit(recipe, options.run_dir or Path("runs") / recipe.name, options.fork)
+
+
+def _evaluate(options) -> None:
+    from dsmim.engine.placement import is_first
+    from dsmim.evaluate import evaluate
+
+    figures = evaluate(options.checkpoint, options.overrides)
+    if is_first(os.environ):
+        print(json.dumps(figures))
+        if options.json:
+            options.json.write_text(json.dumps(figures) + "\n")
+
+
+def _export(options) -> None:
+    from dsmim.export import export_timm
+
+    print(export_timm(options.checkpoint, options.out))
+
+
+def _recipes(options) -> None:
+    from dsmim.recipe import load_recipe, shipped_recipes
+
+    if options.recipe:
+        print(load_recipe(options.recipe, options.overrides).to_yaml(), end="")
+        return
+    for name, path in shipped_recipes().items():
+        print(f"{name:32} {path.read_text().splitlines()[0].lstrip('# ')}")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _steps(text: str) -> range:
+    begin, colon, end = text.partition(":")
+    if not (colon and begin.isdigit() and end.isdigit() and int(begin) < int(end)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form A:B with A < B")
+    return range(int(begin), int(end))
+
+
+def _split(text: str) -> dict[str, float]:
+    try:
+        shares = {name: float(share) for name, share in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form train=0.9,val=0.1") from None
+    if not all(0 < share <= 1 for share in shares.values()):
+        raise argparse.ArgumentTypeError(f"{text!r}: every share must lie between 0 and 1")
+    return shares

@@ -1,0 +1,206 @@
+"""Checkpoints on disk: written beside their final name, proven by a manifest, renamed; only then does `latest` move.
+
+    RUN/checkpoints/step_00012500/   DeepSpeed's shards, state.json (what else the next step depends on),
+                                     manifest.json (every file's size and SHA-256, written last)
+    RUN/checkpoints/latest           the newest one's name, as DeepSpeed's own tools read it
+
+The state is small because nothing hides in it: the order of samples and the learning rate are functions of the step,
+and the model's random stream is re-seeded from (seed, step, rank) at every step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsmim.engine.runtime import Runtime
+from dsmim.engine.zero import Engine
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+FORMAT = 1
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+def save(engine: Engine, folder: Path, step: int, state: dict[str, Any], keep: int, runtime: Runtime) -> Path:
+    """Write the checkpoint of `step` completed steps. Collective. Raises Stopped when the disk refuses."""
+    final, tag = folder / f"step_{step:08d}", f".partial_{step:08d}"
+    partial = folder / tag
+    runtime.on_first(lambda: _fresh_folder(partial))
+    runtime.together(lambda: engine.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False))
+    runtime.on_first(lambda: _write_json(partial / STATE, {"format": FORMAT, "step": step, **state}))
+    digests = runtime.together(lambda: _digest_share(partial, runtime, sync=True))
+    files = {name: entry for share in runtime.gather(digests) for name, entry in share.items()}
+    runtime.on_first(lambda: _publish(partial, final, files))
+    runtime.on_first(lambda: _retain(folder, keep))
+    return final
+
+
+def find_valid(folder: Path, runtime: Runtime) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose every file is as its manifest says, and why newer ones were passed over.
+
+    Collective: ranks share the reading.
+    """
+    names = runtime.on_first(lambda: [path.name for path in candidates(folder)])
+    passed_over = []
+    for name in names:
+        faults = runtime.gather(check_files(folder / name, runtime.rank, runtime.world_size))
+        fault = next((fault for fault in faults if fault), None)
+        if fault is None:
+            return folder / name, passed_over
+        passed_over.append(f"checkpoint {name} passed over: {fault}")
+    return None, passed_over
+
+
+def load(engine: Engine, checkpoint: Path) -> None:
+    """Weights and optimizer of a checkpoint of the same world size and ZeRO stage. Collective."""
+    # No `latest` involved, and optimizer states always along: DeepSpeed's partial loads at stage 3 load other
+    # weights, or none (deepspeedai/DeepSpeed #8499).
+    path, _ = engine.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    if path is None:
+        raise ValueError(f"{checkpoint}: DeepSpeed found nothing to load")
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises ValueError when it is none."""
+    try:
+        state = json.loads((checkpoint / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{checkpoint}: no checkpoint of dsmim ({error})") from None
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{checkpoint}: written in format {state.get('format')}, this dsmim reads {FORMAT}")
+    return state
+
+
+def candidates(folder: Path) -> list[Path]:
+    """Finished checkpoints, newest first."""
+    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("_")[1]), reverse=True)
+
+
+def set_aside(folder: Path, newer_than: int) -> None:
+    """Rename damaged checkpoints beyond the step that a run goes on from, so that they never count as newest again."""
+    for path in candidates(folder):
+        if int(path.name.split("_")[1]) > newer_than:
+            shutil.rmtree(aside := path.with_name(path.name + ".damaged"), ignore_errors=True)
+            path.rename(aside)
+
+
+def locate(path: Path) -> Path:
+    """The checkpoint that a user's path means: itself, or the newest valid one of a run directory.
+
+    Raises ValueError when there is none.
+    """
+    if (path / MANIFEST).is_file():
+        if fault := check_files(path):
+            raise ValueError(f"{path}: {fault}")
+        return path
+    folder = path if path.name == "checkpoints" else path / "checkpoints"
+    faults = []
+    for checkpoint in candidates(folder):
+        fault = check_files(checkpoint)
+        if fault is None:
+            return checkpoint
+        faults.append(f"{checkpoint.name}: {fault}")
+    raise ValueError(f"{path}: holds no valid checkpoint" + "".join(f"\n  {fault}" for fault in faults))
+
+
+def check_files(checkpoint: Path, rank: int = 0, world_size: int = 1) -> str | None:
+    """What is wrong with a rank's share of the files (all of them by default); None when they are as recorded."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"its manifest cannot be read ({error})"
+    for name in sorted(files)[rank::world_size]:
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != files[name]["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {files[name]['bytes']}"
+        if _sha256(path) != files[name]["sha256"]:
+            return f"{name} is damaged (its digest differs)"
+    return None
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """fp32 weights by name from a .safetensors file, a checkpoint of any ZeRO stage, or a run directory.
+
+    Needs host memory for the whole model. Raises ValueError when the path is none of these.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        return load_file(path)
+    checkpoint = locate(path)
+    if read_state(checkpoint)["zero_stage"] == 0:
+        file = checkpoint / "mp_rank_00_model_states.pt"
+        return {k: v.float() for k, v in torch.load(file, map_location="cpu", weights_only=True)["module"].items()}
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+
+
+def _fresh_folder(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+def _digest_share(folder: Path, runtime: Runtime, sync: bool) -> dict[str, dict[str, Any]]:
+    """Size and digest of this rank's share of the files, brought to disk."""
+    entries = {}
+    for path in sorted(folder.iterdir())[runtime.rank :: runtime.world_size]:
+        if sync:
+            _fsync(path)
+        entries[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return entries
+
+
+def _publish(partial: Path, final: Path, files: dict[str, Any]) -> None:
+    _write_json(partial / MANIFEST, {"files": files})
+    _fsync(partial)
+    if final.exists():  # an older, damaged one of the same step: a valid one would have been resumed from
+        shutil.rmtree(final)
+    partial.rename(final)
+    _fsync(final.parent)
+    pointer = final.parent / "latest.partial"
+    _write_text(pointer, final.name)
+    pointer.replace(final.parent / "latest")
+    _fsync(final.parent)
+
+
+def _retain(folder: Path, keep: int) -> None:
+    for old in candidates(folder)[keep:]:
+        shutil.rmtree(old)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    _write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

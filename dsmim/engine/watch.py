@@ -1,0 +1,63 @@
+"""What must not pass unnoticed in training: undecodable images, losses and gradients that are not finite."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from dsmim.engine.runtime import Runtime, Stopped
+from dsmim.engine.zero import StepResult
+from dsmim.recipe import Recipe
+
+
+class Watch:
+    """Counts faults and stops the run, on all ranks together, beyond the recipe's limits.
+
+    say: where rank 0 reports; epoch_samples: the smallest number of samples a share is taken of.
+    """
+
+    def __init__(self, recipe: Recipe, runtime: Runtime, say: Callable[[str], None], epoch_samples: int):
+        self.max_share, self.max_skipped = recipe.data.max_undecodable, recipe.engine.max_skipped
+        self.runtime, self.say, self.epoch_samples = runtime, say, epoch_samples
+        self.bad, self.seen, self.skipped_in_a_row = 0, 0, 0
+
+    def undecodable(self, batch: dict[str, Any]) -> int:
+        """Report a micro batch's undecodable images on the rank that met them; gives their number."""
+        for fault in batch["undecodable"]:
+            print(f"undecodable image replaced by its neighbour: {fault}", file=sys.stderr, flush=True)
+        return len(batch["undecodable"])
+
+    def count(self, faults: int, samples: int) -> int:
+        """Add a step's faults over all ranks; gives the total so far. Raises Stopped beyond data.max_undecodable."""
+        self.bad, self.seen = self.bad + faults, self.seen + samples
+        allowed = self.max_share * max(self.seen, self.epoch_samples)
+        if faults and self.bad > allowed:
+            raise Stopped(
+                f"{self.bad} undecodable images among {self.seen} are more than data.max_undecodable "
+                f"{self.max_share:g} allows; find them all with: dsmim shards verify --decode"
+            )
+        return self.bad
+
+    def finite(self, step: int, loss: float, own_loss: float, result: StepResult, keys: list[str]) -> None:
+        """Check a step that DeepSpeed has applied or, its gradient not being finite, skipped. loss: over all ranks.
+
+        Raises Stopped after more than engine.max_skipped such steps in a row.
+        """
+        if math.isfinite(loss) and result.applied:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        reports = self.runtime.gather(None if math.isfinite(own_loss) else (self.runtime.rank, own_loss, keys))
+        lines = [
+            f"\n  rank {report[0]}: loss {report[1]}, samples {' '.join(report[2])}" for report in reports if report
+        ]
+        done = "applied" if result.applied else "not applied"
+        problem = f"step {step}: loss {loss}, gradient norm {result.grad_norm}; the step was {done}{''.join(lines)}"
+        self.say(problem)
+        if self.skipped_in_a_row > self.max_skipped:
+            raise Stopped(
+                f"{self.skipped_in_a_row} steps in a row were not finite (engine.max_skipped {self.max_skipped}); the "
+                f"last checkpoint stands. Last: {problem}"
+            )

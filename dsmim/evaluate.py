@@ -1,0 +1,90 @@
+"""Exact evaluation: every sample once, the same figures at any world size."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsmim.data.dataset import EvalDataset
+from dsmim.data.loader import eval_loader
+from dsmim.data.shards import open_shards
+from dsmim.engine import checkpoint
+from dsmim.engine.runtime import Runtime, start, stop
+from dsmim.engine.zero import resolve_precision
+from dsmim.models.weights import load_into
+from dsmim.recipe import Recipe, apply_overrides, required
+from dsmim.tasks import Task, build_task
+from dsmim.tasks.base import Batch
+
+
+def evaluate(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """Measure a checkpoint (or a run's newest valid one) on data.val. Every rank calls it; all get the figures.
+
+    The model is whole on every rank, without DeepSpeed, whatever ZeRO stage wrote the checkpoint. Raises ValueError.
+    """
+    runtime = start()
+    try:
+        found = runtime.on_first(lambda: str(checkpoint.locate(path)))
+        recipe = runtime.together(lambda: recipe_of(Path(found), overrides))
+        task = runtime.together(lambda: build_task(recipe))
+        data = runtime.together(lambda: required(open_validation(recipe, task), "data.val"))
+        runtime.together(lambda: load_into(task.model, checkpoint.read_weights(Path(found)), found))
+        task.model.to(runtime.device)
+        figures = validate(_Autocast(task.model, recipe, runtime), task, data, recipe, runtime)
+        return {"checkpoint": found, "data": recipe.data.val, **figures}
+    finally:
+        stop()
+
+
+def recipe_of(path: Path, overrides: list[str]) -> Recipe:
+    """The recipe a checkpoint was trained with, `key=value` overrides applied."""
+    return apply_overrides(checkpoint.read_state(path)["recipe"], str(path), overrides)
+
+
+def open_validation(recipe: Recipe, task: Task) -> EvalDataset | None:
+    """The recipe's validation samples; None when it names none."""
+    if recipe.data.val is None:
+        return None
+    shards = open_shards(recipe.data.val, recipe.data.index_dir, "data.val")
+    return EvalDataset(shards, task.eval_sample, task.classes)
+
+
+@torch.no_grad()
+def validate(model: Any, task: Task, data: EvalDataset, recipe: Recipe, runtime: Runtime) -> dict[str, float]:
+    """The task's metrics over the whole set. Collective; model is the engine, or a module with eval()."""
+    model.eval()
+    pin = runtime.device.type == "cuda"
+    workers = min(recipe.data.workers, 4)
+    loader = eval_loader(data, recipe.batch.eval_batch, runtime.world_size, runtime.rank, workers, pin)
+    total: torch.Tensor | None = None
+    for batch in loader:
+        for fault in batch["undecodable"] if batch["weight"].any() else ():
+            print(f"undecodable image left out of the evaluation: {fault}", file=sys.stderr, flush=True)
+        sums = task.validation_sums(model, to_device(batch, runtime.device))
+        total = sums if total is None else total + sums
+    figures = task.metrics(runtime.sum(total))
+    missing = len(data) - figures["samples"]
+    return figures | ({"undecodable": missing} if missing else {})
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Tensors to the device (images still uint8), the rest as it is."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+class _Autocast:
+    """A plain module called as the engine calls it: under bf16 autocast if the recipe trains so."""
+
+    def __init__(self, model: torch.nn.Module, recipe: Recipe, runtime: Runtime):
+        self.model, self.device = model, runtime.device.type
+        self.bf16 = resolve_precision(recipe.engine.precision, runtime.device) == "bf16"
+
+    def __call__(self, *inputs: Any, **options: Any) -> torch.Tensor:
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            return self.model(*inputs, **options)
+
+    def eval(self) -> None:
+        self.model.eval()

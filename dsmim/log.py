@@ -1,0 +1,91 @@
+"""Metrics out, on rank 0: a console line, JSON lines, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Log:
+    """Writes RUN/metrics.jsonl, RUN/tensorboard and a line to standard error. On other ranks it does nothing.
+
+    step: completed steps that the run goes on from; what an interrupted session logged beyond is taken back, so that
+    the stream of a resumed run has no step twice.
+    """
+
+    def __init__(self, folder: Path, active: bool, step: int, total: int, tensorboard: bool):
+        self.active, self.total = active, total
+        self._clock, self._first = time.monotonic(), step
+        self._board = None
+        if not active:
+            return
+        self._file = _reopen(folder / "metrics.jsonl", step)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def say(self, text: str) -> None:
+        """A sentence to the console."""
+        if self.active:
+            print(text, file=sys.stderr, flush=True)
+
+    def step(self, step: int, values: dict[str, Any]) -> None:
+        """The figures of the training step that completed `step` steps: images_per_second and data_wait too."""
+        self._write(step, values, "train")
+        self.say(
+            f"step {step}/{self.total} | loss {values['loss']:.4f} | lr {values['lr']:.2e} | "
+            f"grad norm {values['grad_norm']:.3g} | {values['images_per_second']:.0f} images/s | "
+            f"data wait {values['data_wait']:.0%} | ETA {self._eta(step)}"
+        )
+
+    def validation(self, step: int, values: dict[str, float]) -> None:
+        self._write(step, {f"val_{name}": value for name, value in values.items()}, "val")
+        shown = " | ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "samples")
+        self.say(f"step {step}/{self.total} | validation over {values['samples']} samples | {shown}")
+
+    def close(self) -> None:
+        if self.active:
+            self._file.close()
+        if self._board:
+            self._board.close()
+
+    def _write(self, step: int, values: dict[str, Any], group: str) -> None:
+        if not self.active:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(f"{group}/{name.removeprefix('val_')}", value, step)
+
+    def _eta(self, step: int) -> str:
+        per_step = (time.monotonic() - self._clock) / max(1, step - self._first)
+        return duration(per_step * (self.total - step))
+
+
+def duration(seconds: float) -> str:
+    """'2h05m', '3m20s', '7s'."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def _reopen(path: Path, step: int):
+    """The stream opened for appending, without the lines beyond `step`."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        temporary = path.with_suffix(".partial")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(path)
+    return path.open("a")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")  # the line that a kill cut short

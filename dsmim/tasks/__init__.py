@@ -1,0 +1,13 @@
+"""What is learned: a task joins a model, its loss, its metrics and its transforms."""
+
+from dsmim.recipe import Recipe
+from dsmim.tasks.base import Task
+from dsmim.tasks.classify import Classify
+from dsmim.tasks.simmim import MaskedImageModelling
+
+__all__ = ["Task", "build_task"]
+
+
+def build_task(recipe: Recipe) -> Task:
+    """The task that the recipe names. Its model is built on the CPU, with fresh weights."""
+    return {"simmim": MaskedImageModelling, "classify": Classify}[recipe.task.name](recipe)

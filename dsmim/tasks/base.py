@@ -1,0 +1,56 @@
+"""The contract between a task and the training loop, which does not know which task it runs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dsmim.models import create_model
+from dsmim.recipe import Recipe
+
+Batch = dict[str, Any]
+Forward = Callable[..., torch.Tensor]
+"""The engine, or a plain module: called like the task's model."""
+
+
+class Task(ABC):
+    """One kind of learning."""
+
+    model: nn.Module
+    layers: dict[str, int]
+    """Parameter name → layer id, for layer-wise learning-rate decay."""
+    classes: int | None = None
+    """How many labels the samples must carry; None: none."""
+    train_sample: Callable[[torch.Tensor, int | None], Batch]
+    """(3, H, W) uint8 image and label → the tensors of one training sample; runs in a data worker."""
+    eval_sample: Callable[[torch.Tensor, int | None], Batch]
+
+    @abstractmethod
+    def training_loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """Mean loss of a micro batch that lies on the device; batch["step"] is the optimizer step."""
+
+    @abstractmethod
+    def validation_sums(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """(K,) float64 sums over a batch's weighted samples, which add up over batches and ranks."""
+
+    @abstractmethod
+    def metrics(self, sums: torch.Tensor) -> dict[str, float]:
+        """Named figures out of the sums over the whole set."""
+
+
+def encoder_from(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The recipe's network with a head of num_classes (0: none)."""
+    model = create_model(
+        recipe.model.name,
+        img_size=recipe.model.img_size,
+        window_size=recipe.model.window_size,
+        num_classes=num_classes,
+        drop_path_rate=recipe.model.drop_path_rate,
+        pretrained_window_sizes=recipe.model.pretrained_window_sizes,
+    )
+    model.set_grad_checkpointing(recipe.model.grad_checkpointing)
+    return model

@@ -1,0 +1,56 @@
+"""Supervised classification, from scratch or from pre-trained weights."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from dsmim.data.transforms import Transform, eval_transform, normalise, train_transform
+from dsmim.models import layer_ids
+from dsmim.recipe import Recipe
+from dsmim.tasks.base import Batch, Forward, Task, encoder_from
+from dsmim.tasks.mixing import mix
+
+
+class _LabelledSample:
+    def __init__(self, transform: Transform):
+        self.transform = transform
+
+    def __call__(self, image: torch.Tensor, label: int | None) -> Batch:
+        return {"image": self.transform(image), "label": label}
+
+
+class Classify(Task):
+    """Cross entropy over soft targets: label smoothing, mixup, CutMix."""
+
+    def __init__(self, recipe: Recipe):
+        self.settings, self.seed = recipe.task, recipe.seed
+        self.classes = recipe.task.num_classes
+        self.model = encoder_from(recipe, num_classes=self.classes)
+        self.layers = layer_ids(self.model)
+        augment, size = recipe.data.augment, recipe.model.img_size
+        self.train_sample = _LabelledSample(train_transform(augment, size))
+        self.eval_sample = _LabelledSample(eval_transform(augment, size))
+
+    def training_loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        images, targets = normalise(batch["image"]), self._targets(batch["label"])
+        if self.settings.mixup or self.settings.cutmix:
+            images, targets = mix(images, targets, self.settings, self.seed, batch["step"])
+        logits = forward(images).float()  # (B, classes)
+        return -(targets * F.log_softmax(logits, dim=-1)).sum(dim=-1).mean()
+
+    def validation_sums(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        logits, labels, weight = forward(normalise(batch["image"])).float(), batch["label"], batch["weight"].double()
+        losses = F.cross_entropy(logits, labels, reduction="none").double()  # (B,)
+        right = (logits.argmax(dim=-1) == labels).double()
+        return torch.stack([(losses * weight).sum(), (right * weight).sum(), weight.sum()])
+
+    def metrics(self, sums: torch.Tensor) -> dict[str, float]:
+        loss, right, samples = sums.tolist()
+        count = samples or float("nan")
+        return {"loss": loss / count, "accuracy": right / count, "samples": int(samples)}
+
+    def _targets(self, labels: torch.Tensor) -> torch.Tensor:
+        """(B, classes): 1 - s on the label plus s / classes everywhere, as timm's mixup_target."""
+        smoothing = self.settings.label_smoothing
+        return F.one_hot(labels, self.classes).float() * (1 - smoothing) + smoothing / self.classes

@@ -1,0 +1,40 @@
+"""Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899), paired by position in the global batch.
+
+timm mixes each sample with its mirror image in the local batch, which depends on the world size. Here neighbours
+(positions 2k and 2k + 1) are mixed, with one coefficient per optimizer step drawn from (seed, step): the same pairs
+and the same mix at any world size and accumulation.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from timm.data.mixup import cutmix_bbox_and_lam
+
+from dsmim.data.order import stream_key
+from dsmim.data.transforms import seeded
+from dsmim.recipe import ClassifyTask
+
+
+def mix(
+    images: torch.Tensor, targets: torch.Tensor, settings: ClassifyTask, seed: int, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """images (B, C, H, W) and soft targets (B, K) → the same, mixed with their neighbours.
+
+    Raises ValueError for an odd B, which would leave a sample without its neighbour.
+    """
+    if len(images) % 2:
+        raise ValueError(f"batch.micro_batch: mixup and cutmix need an even micro batch, this one is {len(images)}")
+    partner = torch.arange(len(images), device=images.device) ^ 1
+    with seeded(stream_key(seed, "mix", step)):
+        cut = np.random.rand() < settings.mix_switch if settings.mixup and settings.cutmix else bool(settings.cutmix)
+        alpha = settings.cutmix if cut else settings.mixup
+        share = float(np.random.beta(alpha, alpha))
+        if cut:
+            (top, bottom, left, right), share = cutmix_bbox_and_lam(images.shape, share)
+    if cut:
+        images = images.clone()
+        images[:, :, top:bottom, left:right] = images[partner, :, top:bottom, left:right]
+    else:
+        images = images * share + images[partner] * (1 - share)
+    return images, targets * share + targets[partner] * (1 - share)

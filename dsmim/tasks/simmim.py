@@ -1,0 +1,51 @@
+"""Masked image modelling: training on fresh masks, validation on one fixed mask per image."""
+
+from __future__ import annotations
+
+import torch
+
+from dsmim.data.masking import random_mask
+from dsmim.data.transforms import Transform, eval_transform, normalise, train_transform
+from dsmim.models import SimMIM, layer_ids
+from dsmim.recipe import Recipe
+from dsmim.tasks.base import Batch, Forward, Task, encoder_from
+
+
+class _MaskedSample:
+    """An augmented image and its mask. In evaluation the stream is keyed by the sample, hence the mask is fixed."""
+
+    def __init__(self, recipe: Recipe, model_patch: int, transform: Transform):
+        self.transform = transform
+        self.mask_sizes = (recipe.model.img_size, recipe.task.mask_patch, model_patch, recipe.task.mask_ratio)
+
+    def __call__(self, image: torch.Tensor, label: int | None) -> Batch:
+        return {"image": self.transform(image), "mask": random_mask(*self.mask_sizes)}
+
+
+class MaskedImageModelling(Task):
+    """SimMIM (arXiv 2111.09886, as used by arXiv 2206.04664)."""
+
+    def __init__(self, recipe: Recipe):
+        encoder = encoder_from(recipe, num_classes=0)
+        self.model = SimMIM(encoder, recipe.task.target_window)
+        inner = {f"encoder.{name}": layer for name, layer in layer_ids(encoder).items()}
+        top = max(inner.values())
+        outer = {name: top for name, _ in self.model.named_parameters() if name not in inner}
+        self.layers = inner | outer | {"mask_token": 0}
+        augment, size, patch = recipe.data.augment, recipe.model.img_size, self.model.patch
+        self.train_sample = _MaskedSample(recipe, patch, train_transform(augment, size))
+        self.eval_sample = _MaskedSample(recipe, patch, eval_transform(augment, size))
+        random_mask(*self.train_sample.mask_sizes)  # raises for sizes that do not fit one another
+
+    def training_loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        return forward(normalise(batch["image"]), batch["mask"])
+
+    def validation_sums(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        images, mask, weight = normalise(batch["image"]), batch["mask"], batch["weight"].double()
+        errors = forward(images, mask, reduction="image_sum").double()  # (B,)
+        values = self.model.hidden_pixels(mask).sum(dim=(1, 2, 3)) * images.shape[1]  # (B,)
+        return torch.stack([(errors * weight).sum(), (values * weight).sum(), weight.sum()])
+
+    def metrics(self, sums: torch.Tensor) -> dict[str, float]:
+        error, values, samples = sums.tolist()
+        return {"loss": error / values if values else float("nan"), "samples": int(samples)}
