@@ -15,7 +15,7 @@ from PIL import Image
 
 from dsmim.data.index import ShardIndex, is_image, write_index
 from dsmim.data.order import permutation
-from dsmim.data.shards import parallel
+from dsmim.data.parallel import parallel
 
 
 @dataclass(frozen=True)

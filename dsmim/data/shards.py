@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 from braceexpand import braceexpand
-from tqdm import tqdm
 
 from dsmim.data.index import ShardIndex, index_file, is_image, parse_sample, read_index, write_index
-from dsmim.data.transforms import Undecodable, decode
+from dsmim.data.parallel import parallel
 
 
 def expand(patterns: str | list[str], what: str = "data") -> list[Path]:
@@ -66,6 +62,8 @@ def verify(tar: Path, index_dir: str | None = None, decode_images: bool = False)
 
 
 def _verify_sample(tar: Path, file, record) -> list[str]:
+    from dsmim.data.transforms import Undecodable, decode  # heavy, and needed only here
+
     file.seek(int(record[0]))
     key, members = parse_sample(file.read(int(record[1])))
     problems = []
@@ -76,24 +74,6 @@ def _verify_sample(tar: Path, file, record) -> list[str]:
             except Undecodable as error:
                 problems.append(f"{tar}: {key}.{extension} cannot be decoded: {error}")
     return problems
-
-
-def parallel(work: Callable, items: Iterable, workers: int, verb: str) -> list:
-    """`work` on every item in processes, with a progress bar, results in order. Every item is tried; then a single
-    ValueError lists what failed."""
-    items = list(items)
-    results, problems = [], []
-    # spawn: torch's threads, alive in the parent, do not survive a fork
-    with ProcessPoolExecutor(max(1, min(workers, len(items))), mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(work, item) for item in items]
-        for future in tqdm(futures, desc=verb, unit="shard", disable=None):
-            try:
-                results.append(future.result())
-            except ValueError as error:
-                problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
-    return results
 
 
 def _index_one(tar: Path, index_dir: str | None, force: bool) -> ShardIndex:

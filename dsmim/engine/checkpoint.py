@@ -11,10 +11,12 @@ and the model's random stream is re-seeded from (seed, step, rank) at every step
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +148,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         return {k: v.float() for k, v in torch.load(file, map_location="cpu", weights_only=True)["module"].items()}
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # its progress is no output of ours
+        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
 
 
 def _fresh_folder(path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from dsmim.engine.placement import Placement, detect
 
@@ -71,8 +72,10 @@ class Runtime:
         dist.all_reduce(tensor)
         return tensor
 
-    def barrier(self) -> None:
-        dist.barrier()
+    def broadcast(self, module: nn.Module) -> None:
+        """Rank 0's parameters and saved buffers to all ranks, in place."""
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, src=0)
 
 
 def start(timeout_minutes: float = 10) -> Runtime:

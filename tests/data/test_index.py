@@ -1,0 +1,153 @@
+"""The tar index: anyone's WebDataset shards, and what is wrong with broken ones."""
+
+import os
+import subprocess
+import tarfile
+
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsmim.data.index import fingerprint, index_file, parse_sample, read_index, split_member, write_index
+from dsmim.data.shards import expand, index_all, open_shards
+from tests.conftest import image_bytes, make_shards, write_tar
+
+
+def read_all(index):
+    with index.tar.open("rb") as file:
+        return [parse_sample(file.read()[int(o) : int(o) + int(n)]) for o, n in index.records if not file.seek(0)]
+
+
+def test_shards_of_webdataset_and_gnu_tar_unmodified(tmp_path):
+    ours = {f"dir/sample{i}": image_bytes(i) for i in range(4)}
+    theirs = tmp_path / "wds.tar"
+    with webdataset.TarWriter(str(theirs)) as writer:
+        for key, data in ours.items():
+            writer.write({"__key__": key, "png": data, "cls": 1, "json": {"a": 1}})
+    loose = tmp_path / "loose"
+    for key, data in ours.items():
+        (loose / key).parent.mkdir(parents=True, exist_ok=True)
+        (loose / f"{key}.png").write_bytes(data)
+        (loose / f"{key}.cls").write_text("1")
+    gnu = tmp_path / "gnu.tar"
+    subprocess.run(["tar", "--sort=name", "-cf", gnu, "-C", loose, "."], check=True)
+    for path in (theirs, gnu):
+        samples = read_all(write_index(path))
+        assert {key: members["png"] for key, members in samples} == ours
+        assert all(members["cls"] == b"1" for _, members in samples)
+
+
+def test_our_shards_open_in_webdataset(tmp_path):
+    path = make_shards(tmp_path, [5])[0]
+    keys = [sample["__key__"] for sample in webdataset.WebDataset(str(path), shardshuffle=False)]
+    assert keys == [key for key, _ in read_all(read_index(path))]
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names(tmp_path, format):
+    key = "folder/" + "x" * 150
+    with tarfile.open(tmp_path / "long.tar", "w", format=format) as archive:
+        for name in (f"{key}.jpg", f"{key}.cls", "short.jpg"):
+            (tmp_path / "one").write_bytes(b"7")
+            archive.add(tmp_path / "one", arcname=name)
+    assert [key for key, _ in read_all(write_index(tmp_path / "long.tar"))] == [key, "short"]
+
+
+@given(st.lists(st.lists(st.sampled_from(["jpg", "cls", "json", "seg.png"]), min_size=1, unique=True), min_size=1))
+@settings(max_examples=30, deadline=None)
+def test_samples_are_runs_of_one_key_with_an_image(tmp_path_factory, groups):
+    path = tmp_path_factory.mktemp("t") / "t.tar"
+    members = [(f"s{i}.{e}", f"{i}{e}".encode() * i) for i, extensions in enumerate(groups) for e in extensions]
+    write_tar(path, members)
+    wanted = [f"s{i}" for i, extensions in enumerate(groups) if "jpg" in extensions]
+    if not wanted:
+        with pytest.raises(ValueError, match="holds no image"):
+            write_index(path)
+        return
+    samples = read_all(write_index(path))
+    assert [key for key, _ in samples] == wanted
+    for key, got in samples:
+        assert got == {e: f"{key[1:]}{e}".encode() * int(key[1:]) for e in groups[int(key[1:])]}
+
+
+def test_member_names():
+    assert split_member("a/b.c/d.seg.png") == ("a/b.c/d", "seg.png")
+    assert split_member("./x.JPG") == ("x", "jpg")
+    assert split_member("README") is None and split_member(".hidden") is None
+
+
+def test_index_older_than_its_tar(tmp_path):
+    path = make_shards(tmp_path, [3])[0]
+    stamp = index_file(path).stat().st_mtime_ns + 10**9
+    os.utime(path, ns=(stamp, stamp))
+    with pytest.raises(ValueError, match=f"index is older than its tar.*dsmim shards index {path}"):
+        read_index(path)
+
+
+def test_missing_foreign_and_cut_indexes(tmp_path):
+    path = make_shards(tmp_path, [3])[0]
+    sidecar = index_file(path)
+    whole = sidecar.read_bytes()
+    sidecar.write_bytes(whole[:-3])
+    with pytest.raises(ValueError, match="cut short or written by another version"):
+        read_index(path)
+    sidecar.write_text("{}")
+    with pytest.raises(ValueError, match="is no dsmim index"):
+        read_index(path)
+    sidecar.unlink()
+    with pytest.raises(ValueError, match="has no index"):
+        read_index(path)
+
+
+def test_read_only_shards_are_indexed_elsewhere(tmp_path):
+    path = make_shards(tmp_path / "shards", [3])[0]
+    index_file(path).unlink()
+    index_all([str(path)], str(tmp_path / "idx"), workers=1)
+    assert read_index(path, tmp_path / "idx").samples == 3 and not index_file(path).exists()
+
+
+@pytest.mark.parametrize("cut", [100, 700, 3000, 10**6])
+def test_truncated_tar(tmp_path, cut):
+    path = write_tar(tmp_path / "t.tar", [(f"{i}.png", image_bytes(i)) for i in range(4)])
+    data = path.read_bytes()
+    with tarfile.open(path) as archive:
+        last = archive.getmembers()[-1]
+        end = last.offset_data + -(-last.size // 512) * 512  # all members whole, the end-of-archive mark missing
+    path.write_bytes(data[: min(cut, end)])
+    with pytest.raises(ValueError, match=r"t\.tar: (cut short|no readable tar|holds no image)"):
+        write_index(path)
+
+
+def test_damaged_header_in_the_middle(tmp_path):
+    path = write_tar(tmp_path / "t.tar", [(f"{i}.png", image_bytes(i)) for i in range(4)])
+    with tarfile.open(path) as archive:
+        offset = archive.getmembers()[2].offset
+    data = bytearray(path.read_bytes())
+    data[offset + 10] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"bad tar header at byte {offset}"):
+        write_index(path)
+
+
+def test_key_in_two_places(tmp_path):
+    path = write_tar(tmp_path / "t.tar", [("a.png", b"1"), ("b.png", b"2"), ("a.cls", b"0")])
+    with pytest.raises(ValueError, match="key 'a' stands twice"):
+        write_index(path)
+
+
+def test_patterns(tmp_path):
+    paths = make_shards(tmp_path, [1, 1, 1])
+    assert expand(f"{tmp_path}/train-{{000..002}}.tar") == expand(str(tmp_path)) == expand(f"{tmp_path}/*.tar") == paths
+    with pytest.raises(ValueError, match=r"data\.train: no shards match .*nothing"):
+        open_shards(f"{tmp_path}/nothing-*.tar", None, "data.train")
+    with pytest.raises(ValueError, match="given twice"):
+        expand([str(paths[0]), str(tmp_path)])
+    with pytest.raises(ValueError, match="is no local path"):
+        expand("pipe:cat x.tar")
+
+
+def test_fingerprint_follows_contents_and_order(tmp_path):
+    make_shards(tmp_path, [3, 4])
+    first, second = (read_index(p) for p in expand(str(tmp_path)))
+    assert fingerprint([first, second]) != fingerprint([second, first]) != fingerprint([first])
