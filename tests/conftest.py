@@ -44,10 +44,8 @@ def make_shards(folder: Path, counts: list[int], name: str = "train", classes: i
     for shard, count in enumerate(counts):
         members = []
         for _ in range(count):
-            members += [
-                (f"k{number:05d}.png", image_bytes(number, side)),
-                (f"k{number:05d}.cls", b"%d" % (number % classes)),
-            ]
+            key = f"k{number:05d}"
+            members += [(f"{key}.png", image_bytes(number, side)), (f"{key}.cls", b"%d" % (number % classes))]
             number += 1
         paths.append(write_tar(folder / f"{name}-{shard:03d}.tar", members))
         write_index(paths[-1])

@@ -41,7 +41,7 @@ def test_global_batches_do_not_depend_on_the_world(per, world, other, consumed, 
     batch = per * 12
     begins = range(consumed, consumed + steps * batch, batch)
     seen = [
-        [p for b in begins for rank in range(size) for p in rank_positions(b, batch, size, rank)]
+        [position for begin in begins for rank in range(size) for position in rank_positions(begin, batch, size, rank)]
         for size in (world, other)
     ]
     assert seen[0] == seen[1] == list(range(consumed, consumed + steps * batch))

@@ -1,6 +1,7 @@
 """`dsmim shards build|verify` as a user runs them."""
 
 import json
+import os
 
 import pytest
 
@@ -110,8 +111,6 @@ def test_verify_names_what_is_wrong_where(tmp_path):
     data[600] ^= 1
     stamp = index_file(paths[1]).stat().st_mtime_ns
     paths[1].write_bytes(data)
-    import os
-
     os.utime(paths[1], ns=(stamp, stamp))
     index_file(paths[2]).unlink()
     done = dsmim("shards", "verify", tmp_path, check=False)

@@ -1,0 +1,199 @@
+"""What a worker does to a sample: decoding, the sample's own randomness, stand-ins, labels."""
+
+import io
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dsmim.data.dataset import DataError, EvalDataset, TarDataset, collate
+from dsmim.data.index import write_index
+from dsmim.data.loader import eval_loader, train_loader
+from dsmim.data.order import Order
+from dsmim.data.shards import open_shards
+from dsmim.data.transforms import Undecodable, decode, eval_transform, normalise, seeded, train_transform
+from dsmim.recipe import Augment
+from tests.conftest import image_bytes, make_shards, write_tar
+
+FULL = Augment(vflip=0.5, rand_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5)
+
+
+def sample_transform(size=24, augment=FULL):
+    transform = train_transform(augment, size)
+    return lambda image, label: {"image": transform(image), "label": label or 0, "mask": torch.rand(3) < 0.5}
+
+
+def dataset(folder, classes=3, seed=5, window=2, transform=None):
+    shards = open_shards(f"{folder}/train-*.tar", None, "data.train")
+    order = Order([index.samples for index in shards], seed, window)
+    return TarDataset(shards, order, transform or sample_transform(), classes)
+
+
+def stream(folder, world, workers, consumed, steps, batch=12, accumulation=1):
+    """Global batches as (keys, bytes of the tensors), assembled from every rank's loader."""
+    per_rank = [
+        list(train_loader(dataset(folder), consumed, steps, batch, accumulation, world, rank, workers, pin=False))
+        for rank in range(world)
+    ]
+    out = []
+    for step in range(steps):
+        micros = [m for rank in per_rank for m in rank[step * accumulation : (step + 1) * accumulation]]
+        keys = [key for micro in micros for key in micro["key"]]
+        out.append((keys, *(torch.cat([m[n] for m in micros]).numpy().tobytes() for n in ("image", "mask", "label"))))
+    return out
+
+
+def test_global_batches_are_the_same_at_any_world_size_and_worker_count(shards):
+    """Byte for byte, over an epoch border (53 samples, batches of 12), and when both change at a resume."""
+    straight = stream(shards, world=1, workers=0, consumed=0, steps=8)
+    assert stream(shards, world=2, workers=2, consumed=0, steps=8) == straight
+    assert stream(shards, world=4, workers=1, consumed=0, steps=8) == straight
+    assert stream(shards, world=2, workers=0, consumed=0, steps=8, accumulation=3) == straight
+    resumed = stream(shards, 4, 1, 0, 3) + stream(shards, 1, 2, 36, 2) + stream(shards, 3, 0, 60, 3)
+    assert resumed == straight
+    keys = [key for batch in straight for key in batch[0]]
+    assert sorted(keys[:53]) == [f"k{i:05d}" for i in range(53)]  # one epoch: none lost, none twice
+
+
+def test_more_ranks_than_shards_and_fewer_samples_than_a_batch(tmp_path):
+    make_shards(tmp_path, [2, 1])
+    straight = stream(tmp_path, world=1, workers=0, consumed=0, steps=2)
+    assert stream(tmp_path, world=4, workers=0, consumed=0, steps=2) == straight
+    assert len(straight[0][0]) == 12 and set(straight[0][0]) == {"k00000", "k00001", "k00002"}
+
+
+def test_repeats_differ_in_their_augmentation(shards):
+    data = dataset(shards)
+    data.order = Order([index.samples for index in data.reader.shards], 5, 2, repeats=3)
+    first = [data[p] for p in range(3)]
+    assert len({sample["key"] for sample in first}) == 1
+    assert not torch.equal(first[0]["image"], first[1]["image"])
+
+
+def test_the_caller_s_random_streams_are_left_alone(shards):
+    def state():
+        return random.getstate()[1][:5], np.random.get_state()[1][:5].tolist(), torch.get_rng_state().tolist()
+
+    before = state()
+    dataset(shards)[0]
+    assert state() == before
+    with seeded(3):
+        a = torch.rand(2)
+    with seeded(3):
+        assert torch.equal(a, torch.rand(2))
+
+
+def broken_folder(tmp_path, bad=(4,), n=8):
+    members = [(f"k{i:05d}.png", b"rubbish" if i in bad else image_bytes(i)) for i in range(n)]
+    write_index(write_tar(tmp_path / "train-000.tar", members))
+    return tmp_path
+
+
+def test_an_undecodable_image_is_replaced_by_its_neighbour(tmp_path):
+    data = dataset(broken_folder(tmp_path), classes=None)
+    samples = {data.order[p].row: data[p] for p in range(8)}
+    assert samples[4]["key"] == "k00005" and "k00004.png cannot be decoded" in samples[4]["undecodable"][0]
+    assert all(samples[row]["key"] == f"k{row:05d}" and not samples[row]["undecodable"] for row in samples if row != 4)
+    whole = tmp_path / "whole"
+    write_index(write_tar(whole / "train-000.tar", [(f"k{i:05d}.png", image_bytes(i)) for i in range(8)]))
+    reference = dataset(whole, classes=None)
+    assert all(torch.equal(data[p]["image"], reference[p]["image"]) for p in range(8) if data.order[p].row != 4)
+
+
+def test_stand_in_wraps_around_and_gives_up(tmp_path):
+    data = dataset(broken_folder(tmp_path, bad=(7,)), classes=None)
+    position = next(p for p in range(8) if data.order[p].row == 7)
+    assert data[position]["key"] == "k00000"
+    hopeless = dataset(broken_folder(tmp_path / "all", bad=range(8)), classes=None)
+    with pytest.raises(DataError, match="10 undecodable images in a row"):
+        hopeless[0]
+
+
+def test_evaluation_leaves_undecodable_images_out(tmp_path):
+    folder = broken_folder(tmp_path)
+    transform = eval_transform(Augment(), 24)
+    data = EvalDataset(
+        open_shards(f"{folder}/train-*.tar", None, "x"), lambda image, label: {"image": transform(image)}, None
+    )
+    batch = collate([data[(i, 1.0)] for i in range(8)])
+    assert batch["weight"].tolist() == [1, 1, 1, 1, 0, 1, 1, 1] and len(batch["undecodable"]) == 1
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_evaluation_counts_every_sample_once_in_the_same_batches(shards, world):
+    shard_indexes = open_shards(f"{shards}/val-*.tar", None, "data.val")
+    data = EvalDataset(shard_indexes, lambda image, label: {"label": label}, 3)
+    ranks = [list(eval_loader(data, 4, world, rank, 0, pin=False)) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1
+    batches = [batch for batches in ranks for batch in batches]
+    counted = sorted(k for b in batches for k, w in zip(b["key"], b["weight"].tolist(), strict=True) if w)
+    assert counted == sorted(f"k{i:05d}" for i in range(13))
+    whole = [tuple(f"k{i:05d}" for i in range(begin, min(begin + 4, 13))) for begin in (0, 4, 8, 12)]
+    assert {tuple(batch["key"]) for batch in batches} == set(whole)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [(None, "no label"), (b"two", "no whole number"), (b"3", "is 3; task.num_classes 3 allows 0 to 2")],
+)
+def test_bad_labels_name_the_sample(tmp_path, label, message):
+    members = [("a.png", image_bytes(0))] + ([("a.cls", label)] if label else [])
+    write_index(write_tar(tmp_path / "train-000.tar", members))
+    with pytest.raises(DataError, match=rf"train-000\.tar: .*a.*{message}"):
+        dataset(tmp_path)[0]
+
+
+def test_errors_cross_the_worker_without_a_traceback(tmp_path):
+    write_index(write_tar(tmp_path / "train-000.tar", [("a.png", image_bytes(0))]))
+    with pytest.raises(DataError) as caught:
+        next(iter(train_loader(dataset(tmp_path), 0, 1, 1, 1, 1, 0, workers=1, pin=False)))
+    assert str(caught.value) == f"{tmp_path}/train-000.tar: sample a has no label (a.cls)"
+
+
+def test_a_shard_that_changes_or_goes_is_named(tmp_path):
+    path = make_shards(tmp_path, [3])[0]
+    data = dataset(tmp_path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(DataError, match="has shrunk since training began"):
+        [data[p] for p in range(3)]
+    path.unlink()
+    with pytest.raises(DataError, match="cannot be opened"):
+        dataset_again = TarDataset(data.reader.shards, data.order, data.transform, 3)
+        dataset_again[0]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF"])
+def test_decoders(kind):
+    assert decode(image_bytes(3, kind=kind)).shape == (3, 40, 43)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "CMYK"])
+def test_every_colour_mode_becomes_rgb(mode):
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(image_bytes(1))).convert(mode).save(buffer, "TIFF" if mode == "CMYK" else "PNG")
+    assert decode(buffer.getvalue()).shape == (3, 40, 41)
+
+
+def test_rubbish_is_undecodable():
+    with pytest.raises(Undecodable):
+        decode(b"rubbish")
+    with pytest.raises(Undecodable):
+        decode(b"")
+    with pytest.raises(Undecodable):
+        decode(image_bytes(0, kind="JPEG")[:60])
+
+
+def test_normalise_is_imagenet_s():
+    images = torch.tensor([[124, 116, 104], [0, 255, 128]], dtype=torch.uint8).view(2, 3, 1, 1)
+    expected = (images.float() / 255 - torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    ).view(1, 3, 1, 1)
+    assert torch.allclose(normalise(images), expected, atol=1e-6)
+
+
+def test_eval_transform_is_resize_and_centre_crop():
+    image = torch.arange(3 * 40 * 60, dtype=torch.int64).remainder(251).byte().view(3, 40, 60)
+    transform = eval_transform(Augment(eval_crop_ratio=0.8), 32)
+    assert torch.equal(transform(image), image[:, 4:36, 14:46])  # short side 40 already: only the crop is left

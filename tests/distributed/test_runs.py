@@ -1,0 +1,219 @@
+"""Whole runs through the command line: bitwise resume, exact evaluation, export, and bad situations."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dsmim.engine.placement import free_port
+from tests.conftest import ROOT, dsmim, environment, run, tiny_recipe, two_ranks
+
+
+def write_recipe(folder: Path, shards: Path, **changes) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tiny_recipe(shards, **changes)))
+    return path
+
+
+def kill_after_checkpoint(checkpoint: Path, *words: object) -> None:
+    """Start a command, SIGKILL its whole process group as soon as the checkpoint is there."""
+    with subprocess.Popen(
+        [str(w) for w in words], env=environment(), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 200
+        while not checkpoint.exists():
+            assert process.poll() is None, f"ended with {process.returncode} before {checkpoint}"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def tensors(value, path=""):
+    """Every tensor of a nested structure, with its path."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from tensors(inner, f"{path}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for number, inner in enumerate(value):
+            yield from tensors(inner, f"{path}/{number}")
+
+
+def assert_same_bytes(one: Path, other: Path) -> None:
+    """Weights and optimizer state of every rank's file."""
+    names = sorted(path.name for path in one.glob("*.pt"))
+    assert names == sorted(path.name for path in other.glob("*.pt")) and names
+    compared = 0
+    for name in names:
+        left, right = (dict(tensors(torch.load(f / name, weights_only=False))) for f in (one, other))
+        assert left.keys() == right.keys()
+        for path, value in left.items():
+            assert value.numpy().tobytes() == right[path].numpy().tobytes(), (name, path)
+            compared += value.numel()
+    assert compared > 1_000_000
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, shards, stage):
+    recipe = write_recipe(tmp_path, shards)
+    command = ("-m", "dsmim", "train", recipe, f"engine.deepspeed=zero{stage}")
+    two_ranks(*command, "--run-dir", tmp_path / "straight")
+    port = str(free_port())
+    launch = ("torchrun", "--nproc-per-node", 2, "--master-port", port, *command, "--run-dir", tmp_path / "killed")
+    kill_after_checkpoint(tmp_path / "killed/checkpoints/step_00000002", *launch)
+    assert not (tmp_path / "killed/checkpoints/step_00000006").exists()
+    done = two_ranks(*command, "--run-dir", tmp_path / "killed", "data.workers=1")
+    assert "resumed from" in done.stderr
+    assert_same_bytes(*(tmp_path / name / "checkpoints/step_00000006" for name in ("straight", "killed")))
+    assert (tmp_path / "killed/checkpoints/latest").read_text() == "step_00000006"
+    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("straight", "killed")]
+    timing = ("images_per_second", "data_wait")
+    streams = [[{k: v for k, v in json.loads(x).items() if k not in timing} for x in log] for log in logs]
+    assert streams[0] == streams[1] and len(streams[0]) == 6 + 2
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, shards) -> tuple[Path, Path]:
+    """(recipe, run directory) of a classifier trained to its end under ZeRO-3 by two ranks."""
+    folder = tmp_path_factory.mktemp("finished")
+    changes = {
+        "task": {"name": "classify", "num_classes": 3, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1},
+        "optim": {"lr": 1e-3, "clip_grad": None},
+    }
+    recipe = write_recipe(folder, shards, **changes)
+    two_ranks("-m", "dsmim", "train", recipe, "--run-dir", folder / "run")
+    return recipe, folder / "run"
+
+
+def test_evaluation_is_exact_at_any_world_size_and_launcher(finished):
+    _, run_dir = finished
+    alone = json.loads(dsmim("evaluate", run_dir).stdout)
+    assert alone["samples"] == 13
+    torchrun = two_ranks("-m", "dsmim", "evaluate", run_dir, "batch.eval_batch=4")
+    mpirun = run(
+        "mpirun", "--allow-run-as-root", "--oversubscribe", "-n", 3, "python", "-m", "dsmim", "evaluate", run_dir
+    )
+    for other in (torchrun, mpirun):
+        assert json.loads(other.stdout) == alone
+    logged = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in logged if "val_loss" in line][-1]
+    assert last["val_accuracy"] == alone["accuracy"]
+    assert last["val_loss"] == pytest.approx(alone["loss"], rel=1e-6)  # measured by ZeRO-3, and by the plain model
+
+
+def test_export_gives_timm_equal_logits(finished, tmp_path):
+    import timm
+
+    from dsmim.engine.checkpoint import read_weights
+    from dsmim.models import create_model
+
+    _, run_dir = finished
+    out = tmp_path / "model.safetensors"
+    printed = dsmim("export", run_dir, "--to", "timm", out).stdout
+    theirs = eval(printed.splitlines()[-1], {"timm": timm}).eval()
+    ours = create_model("swinv2_nano", img_size=32, window_size=4, num_classes=3).eval()
+    ours.load_state_dict(read_weights(run_dir), strict=False)
+    images = torch.randn(2, 3, 32, 32)
+    assert type(theirs).__module__.startswith("timm.") and torch.equal(theirs(images), ours(images))
+
+
+def test_a_finished_run_and_a_changed_recipe(finished):
+    recipe, run_dir = finished
+    done = two_ranks("-m", "dsmim", "train", recipe, "--run-dir", run_dir)
+    assert "complete at step 6 of 6" in done.stderr
+    changed = dsmim("train", recipe, "--run-dir", run_dir, "optim.lr=2e-3", "data.workers=3", check=False)
+    assert changed.returncode == 1 and "optim.lr: 0.001 → 0.002" in changed.stderr and "--fork" in changed.stderr
+    assert "workers" not in changed.stderr and "Traceback" not in changed.stderr
+    fewer = dsmim("train", recipe, "--run-dir", run_dir, check=False)
+    assert fewer.returncode == 1 and "written by 2 ranks and this run has 1" in fewer.stderr
+
+
+def test_finetuning_starts_from_the_pretrained_encoder(tmp_path, shards):
+    recipe = write_recipe(tmp_path, shards, schedule={"duration": {"steps": 2}})
+    dsmim("train", recipe, "--run-dir", tmp_path / "pre", "engine.deepspeed=zero0")
+    done = dsmim(
+        "train", recipe, "--run-dir", tmp_path / "fine", "task={name: classify, num_classes: 3}",
+        f"model.weights={tmp_path}/pre", "model.img_size=64", "optim.lr=1e-30", "model.drop_path_rate=0",
+    )  # fmt: skip
+    assert "3 dropped (only for masked image modelling)" in done.stderr and "newly initialised: head.fc" in done.stderr
+    from dsmim.engine.checkpoint import read_weights
+
+    before, after = (read_weights(tmp_path / name) for name in ("pre", "fine"))
+    assert torch.allclose(
+        before["encoder.layers.2.blocks.1.attn.qkv.weight"], after["layers.2.blocks.1.attn.qkv.weight"]
+    )
+
+
+def test_damaged_checkpoints_a_held_directory_and_a_fork(tmp_path, shards):
+    recipe = write_recipe(tmp_path, shards)
+    run_dir = tmp_path / "run"
+    train = ("train", recipe, "--run-dir", run_dir)
+    dsmim(*train)
+    shard = next((run_dir / "checkpoints/step_00000006").glob("*optim_states.pt"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    next((run_dir / "checkpoints/step_00000004").glob("*model_states.pt")).unlink()
+    measured = json.loads(dsmim("evaluate", run_dir).stdout)
+    assert measured["checkpoint"].endswith("step_00000002")
+    with subprocess.Popen(
+        ["dsmim", *map(str, train)], env=environment(), stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as first:
+        said = ""
+        while "steps 2 to 6" not in said:  # the headline comes after the lock is taken
+            line = first.stderr.readline()
+            assert line, said
+            said += line
+        second = dsmim(*train, check=False)
+        said += first.stderr.read()
+    assert first.returncode == 0, said
+    assert "step_00000006 passed over" in said and "is damaged" in said
+    assert "step_00000004 passed over" in said and "is missing" in said and "resumed from" in said
+    assert second.returncode == 1 and f"another live run holds this directory (process {first.pid}" in second.stderr
+    longer = dsmim(*train, "schedule.duration.steps=7", "--fork")
+    assert "forked: schedule.duration.steps: 6 → 7" in longer.stderr and "step 7/7" in longer.stderr
+    for path in (run_dir / "checkpoints").glob("step_*/manifest.json"):
+        path.unlink()
+    none_left = dsmim(*train, "--fork", check=False)
+    assert none_left.returncode == 1 and "no checkpoint is valid" in none_left.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train=/nowhere/*.tar", "data.train: no shards match '/nowhere/*.tar'"),
+        ("batch.micro_batch=8", "batch.global_batch: 8 is not a multiple of 2 ranks × micro batch 8 = 16"),
+        ("model.weights=/nowhere", "/nowhere: holds no valid checkpoint"),
+        ("engine.deepspeed=zero4", "engine.deepspeed: no file 'zero4'"),
+    ],
+)
+def test_errors_common_to_all_ranks_are_told_once(tmp_path, shards, override, message):
+    recipe = write_recipe(tmp_path, shards)
+    done = two_ranks("-m", "dsmim", "train", recipe, "--run-dir", tmp_path / "run", override, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count(message) == 1, done.stderr
+    assert "dsmim: error:" in done.stderr and 'File "' not in done.stderr.split("dsmim: error:")[0]
+
+
+def test_undecodable_images_are_named_counted_and_limited(tmp_path):
+    from dsmim.data.index import write_index
+    from tests.conftest import image_bytes, write_tar
+
+    members = [(f"k{i}.png", b"rubbish" if i == 3 else image_bytes(i)) for i in range(10)]
+    write_index(write_tar(tmp_path / "train-000.tar", members))
+    recipe = write_recipe(tmp_path, tmp_path)
+    train = ("train", recipe, "data.val=null", "engine.deepspeed=zero0")
+    stopped = dsmim(*train, "--run-dir", tmp_path / "a", check=False)
+    assert stopped.returncode == 1 and "more than data.max_undecodable 0.01 allows" in stopped.stderr
+    done = dsmim(*train, "--run-dir", tmp_path / "b", "data.max_undecodable=0.2")
+    assert "train-000.tar: k3.png cannot be decoded" in done.stderr
+    last = json.loads((tmp_path / "b/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 6 and 4 <= last["undecodable"] <= 5  # 48 samples of a set of 10: 4 or 5 passes

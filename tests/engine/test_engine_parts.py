@@ -1,0 +1,155 @@
+"""Placement, schedule, parameter groups, the watch: what needs no process group."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dsmim.engine.optim import build_optimizer, parameter_groups
+from dsmim.engine.placement import detect, expand_counts
+from dsmim.engine.runtime import Stopped
+from dsmim.engine.schedule import resolve
+from dsmim.engine.watch import Watch
+from dsmim.engine.zero import StepResult
+from dsmim.models import create_model, layer_ids
+from dsmim.recipe import Duration, Optim, Schedule, parse_recipe
+from tests.conftest import tiny_recipe
+
+TORCHRUN = dict(RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", MASTER_ADDR="n0", MASTER_PORT="29501", LOCAL_WORLD_SIZE="2")
+SRUN = dict(
+    SLURM_PROCID="3", SLURM_LOCALID="1", SLURM_NODEID="1", SLURM_STEP_NUM_TASKS="4", SLURM_STEP_NUM_NODES="2",
+    SLURM_STEP_TASKS_PER_NODE="2(x2)", SLURM_STEP_NODELIST="n[1-2]", SLURM_JOB_ID="77", SLURM_STEP_ID="0",
+    SLURM_NTASKS="4", MASTER_ADDR="n1",
+)  # fmt: skip
+
+
+def test_torch_variables():
+    place = detect(TORCHRUN)
+    assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (3, 4, 1, 2)
+    assert (place.master_addr, place.master_port) == ("n0", 29501)
+
+
+def test_srun_variables():
+    place = detect(SRUN)
+    assert (place.launcher, place.rank, place.world_size, place.local_rank, place.local_world_size) == (
+        "srun",
+        3,
+        4,
+        1,
+        2,
+    )
+    assert place.master_addr == "n1" and 10000 <= place.master_port < 30000
+    assert detect(SRUN | {"SLURM_JOB_ID": "78"}).master_port != place.master_port
+
+
+def test_a_lone_process():
+    assert (detect({}).rank, detect({}).world_size) == (0, 1)
+    one = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+    assert detect(one).world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "Slurm gives 2 tasks but this process sees a world of 1"),
+        (TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "2"}, "world of 1"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        (TORCHRUN | {"RANK": "4"}, "rank 4 .* outside a world of 4"),
+    ],
+)
+def test_contradictions_are_errors(env, message):
+    with pytest.raises(ValueError, match=message):
+        detect(env)
+
+
+def test_torchrun_on_every_slurm_node_is_no_contradiction():
+    assert detect(TORCHRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}).world_size == 4
+
+
+def test_slurm_task_counts():
+    assert expand_counts("2(x2),1") == [2, 2, 1] and expand_counts("8") == [8]
+
+
+def test_cosine_after_linear_warmup():
+    schedule = Schedule(duration=Duration(steps=110), warmup=Duration(steps=10), warmup_lr=0.1, min_lr=0.2)
+    rate = resolve(schedule, Optim(lr=2.0), 64, 1000)
+    assert [rate.at(0), rate.at(5), rate.at(10)] == pytest.approx([0.1, 1.05, 2.0])
+    assert rate.at(60) == pytest.approx((2.0 + 0.2) / 2) and rate.at(110) == pytest.approx(0.2)
+    assert rate.at(10, scale=0.5) == pytest.approx(1.0) and rate.at(110, scale=0.01) == pytest.approx(0.02)
+
+
+def test_scaling_rule_is_explicit():
+    schedule = Schedule(duration=Duration(steps=10))
+    assert resolve(schedule, Optim(lr=1e-3), 2048, 1).peak == 1e-3
+    assert resolve(schedule, Optim(lr=1e-3, lr_scaling="linear"), 2048, 1).peak == pytest.approx(4e-3)
+    with pytest.raises(ValueError, match="warmup: 20 steps are more than the whole duration of 10"):
+        resolve(Schedule(duration=Duration(steps=10), warmup=Duration(steps=20)), Optim(lr=1e-3), 64, 1)
+
+
+def test_groups_are_merged_by_equal_scale_and_decay():
+    model = create_model("swinv2_nano", img_size=32, window_size=4, num_classes=3)
+    optim = Optim(lr=1e-3, layer_decay=0.5, weight_decay=0.3)
+    groups = parameter_groups(model, layer_ids(model), optim)
+    assert len(groups) == len({(g.scale, g.weight_decay) for g in groups}) == 2 * 8  # ids 0 … 7
+    names = [name for group in groups for name in group.names]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    of = {name: group for group in groups for name in group.names}
+    assert of["head.fc.weight"].scale == 1 and of["patch_embed.proj.weight"].scale == pytest.approx(0.5**7)
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim == 1 or "logit_scale" in name or "cpb_mlp" in name
+        assert of[name].weight_decay == (0.0 if plain else 0.3), name
+    optimizer = build_optimizer(model, groups, optim, fused=False)
+    assert [g["lr_scale"] for g in optimizer.param_groups] == [g.scale for g in groups]
+
+
+class LoneRuntime(SimpleNamespace):
+    rank = 0
+
+    def gather(self, value):
+        return [value]
+
+
+def watch(tmp_path, said, **changes):
+    tree = tiny_recipe(tmp_path)
+    tree["engine"] = {"max_skipped": 2}
+    tree["data"]["max_undecodable"] = 0.1
+    return Watch(parse_recipe(tree | changes, "t"), LoneRuntime(), said.append, epoch_samples=50)
+
+
+def test_too_many_undecodable_images_stop_the_run(tmp_path):
+    guard = watch(tmp_path, [])
+    assert guard.count(5, 8) == 5  # of an epoch of 50: not beyond 0.1
+    with pytest.raises(Stopped, match=r"6 undecodable images among 16 .*max_undecodable 0\.1"):
+        guard.count(1, 8)
+
+
+def test_nonfinite_steps_are_named_and_stop_the_run_after_the_limit(tmp_path):
+    said = []
+    guard = watch(tmp_path, said)
+    skipped = StepResult(math.inf, 1e-3, applied=False)
+    guard.finite(7, math.nan, math.nan, skipped, ["cat/1", "dog/2"])
+    assert "step 7: loss nan" in said[0] and "rank 0: loss nan, samples cat/1 dog/2" in said[0]
+    guard.finite(8, 1.0, 1.0, StepResult(1.0, 1e-3, applied=True), [])
+    guard.finite(9, math.nan, math.nan, skipped, ["a"])
+    guard.finite(10, 1.0, 1.0, skipped, ["a"])
+    with pytest.raises(Stopped, match="3 steps in a row were not finite"):
+        guard.finite(11, math.nan, math.nan, skipped, ["a"])
+
+
+def test_mixing_pairs_neighbours_whatever_the_micro_batch():
+    from dsmim.recipe import ClassifyTask
+    from dsmim.tasks.mixing import mix
+
+    settings = ClassifyTask(name="classify", num_classes=4, mixup=0.8, cutmix=1.0)
+    images, targets = torch.rand(8, 3, 8, 8), torch.eye(4).repeat(2, 1)
+    for step in range(6):  # both mixup and CutMix come up
+        whole = mix(images, targets, settings, seed=0, step=step)
+        halves = [mix(images[i : i + 4], targets[i : i + 4], settings, seed=0, step=step) for i in (0, 4)]
+        for index in (0, 1):
+            assert torch.equal(whole[index], torch.cat([half[index] for half in halves]))
+        assert torch.allclose(whole[1].sum(1), torch.ones(8))
+        share = whole[1][0, 0].item()  # sample 0 has class 0, its neighbour class 1
+        assert whole[1][0, 1].item() == pytest.approx(1 - share, abs=1e-6)
+    with pytest.raises(ValueError, match="even micro batch"):
+        mix(images[:3], targets[:3], settings, 0, 0)
