@@ -6,9 +6,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = next(
-    line.split('"')[1] for line in (ROOT / "dsmim/__init__.py").read_text().splitlines() if line.startswith("__version__")
-)
+_LINES = (ROOT / "dsmim/__init__.py").read_text().splitlines()
+VERSION = next(line.split('"')[1] for line in _LINES if line.startswith("__version__"))
 
 setup(
     name="dsmim",

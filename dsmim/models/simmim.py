@@ -64,21 +64,28 @@ class SimMIM(nn.Module):
 
 
 def sliding_norm(images: torch.Tensor, window: int) -> torch.Tensor:
-    """Every pixel normalised by mean and unbiased variance of the window around it, per channel.
+    """Every pixel of (B, C, H, W) normalised by the mean and deviation of the window around it, per channel.
 
-    The window is cut at the border. images (B, C, H, W); window odd, in pixels.
-    Source: NORM_TARGET in microsoft/Swin-Transformer's SimMIM configurations for Swin V2 (47 pixels, eps 1e-6).
+    Source: NORM_TARGET in microsoft/Swin-Transformer's SimMIM configurations for Swin V2 (47 pixels).
+    """
+    mean, deviation = sliding_statistics(images, window)
+    return (images - mean) / deviation
+
+
+def sliding_statistics(images: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean, and square root of the unbiased variance plus 1e-6, of the window around every pixel, per channel.
+
+    images (B, C, H, W); window: side in pixels, odd; it is cut at the border.
     """
     assert window % 2, window
-    ones = torch.ones_like(images[:1, :1])
-    count = _window_sum(ones, window)  # (1, 1, H, W): pixels inside, fewer at the border
-    # Centred first: the variance below is a difference of two sums and would lose digits to a large mean.
+    count = _window_sum(torch.ones_like(images[:1, :1]), window)  # (1, 1, H, W): pixels inside, fewer at the border
+    # Centred first: the variance is a difference of two sums and would lose digits to a large mean.
     centre = images.mean(dim=(2, 3), keepdim=True)
     shifted = images - centre
     mean = _window_sum(shifted, window) / count
     square = _window_sum(shifted**2, window) / count
     variance = ((square - mean**2) * count / (count - 1)).clamp(min=0)
-    return (shifted - mean) / (variance + 1e-6).sqrt()
+    return mean + centre, (variance + 1e-6).sqrt()
 
 
 def _window_sum(x: torch.Tensor, window: int) -> torch.Tensor:

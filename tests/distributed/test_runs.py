@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from dsmim.engine.checkpoint import read_weights
 from dsmim.engine.placement import free_port
 from tests.conftest import ROOT, dsmim, environment, run, tiny_recipe, two_ranks
 
@@ -48,17 +49,24 @@ def tensors(value, path=""):
 
 
 def assert_same_bytes(one: Path, other: Path) -> None:
-    """Weights and optimizer state of every rank's file."""
-    names = sorted(path.name for path in one.glob("*.pt"))
-    assert names == sorted(path.name for path in other.glob("*.pt")) and names
+    """Every weight, and the optimizer's moments and counters in every rank's file."""
+    weights = [read_weights(folder) for folder in (one, other)]
+    assert weights[0].keys() == weights[1].keys() and len(weights[0]) > 100
+    for name, value in weights[0].items():
+        assert value.numpy().tobytes() == weights[1][name].numpy().tobytes(), name
+    files = sorted(path.name for path in one.glob("*optim_states.pt"))
+    assert len(files) == 2 and files == sorted(path.name for path in other.glob("*optim_states.pt"))
     compared = 0
-    for name in names:
-        left, right = (dict(tensors(torch.load(f / name, weights_only=False))) for f in (one, other))
+    for name in files:
+        left, right = (dict(tensors(torch.load(folder / name, weights_only=False))) for folder in (one, other))
         assert left.keys() == right.keys()
         for path, value in left.items():
-            assert value.numpy().tobytes() == right[path].numpy().tobytes(), (name, path)
-            compared += value.numel()
-    assert compared > 1_000_000
+            # The fp32 weights were compared above; at stage 3 their shards end in padding that DeepSpeed leaves as
+            # it finds it in memory.
+            if "fp32_flat_groups" not in path:
+                assert value.detach().numpy().tobytes() == right[path].detach().numpy().tobytes(), (name, path)
+                compared += value.numel()
+    assert compared > 4_000_000  # two moments of 2.4 M parameters
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -112,7 +120,6 @@ def test_evaluation_is_exact_at_any_world_size_and_launcher(finished):
 def test_export_gives_timm_equal_logits(finished, tmp_path):
     import timm
 
-    from dsmim.engine.checkpoint import read_weights
     from dsmim.models import create_model
 
     _, run_dir = finished
@@ -144,8 +151,6 @@ def test_finetuning_starts_from_the_pretrained_encoder(tmp_path, shards):
         f"model.weights={tmp_path}/pre", "model.img_size=64", "optim.lr=1e-30", "model.drop_path_rate=0",
     )  # fmt: skip
     assert "3 dropped (only for masked image modelling)" in done.stderr and "newly initialised: head.fc" in done.stderr
-    from dsmim.engine.checkpoint import read_weights
-
     before, after = (read_weights(tmp_path / name) for name in ("pre", "fine"))
     assert torch.allclose(
         before["encoder.layers.2.blocks.1.attn.qkv.weight"], after["layers.2.blocks.1.attn.qkv.weight"]

@@ -1,0 +1,51 @@
+"""Eight validation images, what was hidden of them, and what the pre-trained model made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torchvision.io import write_png
+from torchvision.utils import make_grid
+
+from dsmim.data.dataset import collate
+from dsmim.data.transforms import normalise
+from dsmim.engine import checkpoint
+from dsmim.evaluate import open_validation, recipe_of
+from dsmim.models.simmim import sliding_statistics
+from dsmim.models.weights import load_into
+from dsmim.tasks import build_task
+
+IMAGES = 8
+GREY = 128
+
+
+@torch.no_grad()
+def draw(run_dir: Path, out: Path) -> None:
+    """Write a PNG: one row per image, with the image, the masked image and the reconstruction side by side.
+
+    Where the target is normalised, the prediction is brought back by the mean and deviation of the original's
+    windows, as is usual for such pictures. What was not hidden is shown as it was.
+    """
+    found = checkpoint.locate(run_dir)
+    task = build_task(recipe := recipe_of(found, []))
+    load_into(task.model, checkpoint.read_weights(found), str(found))
+    data = open_validation(recipe, task)
+    batch = collate([data[(number, 1.0)] for number in range(IMAGES)])
+    images, hidden = batch["image"], task.model.hidden_pixels(batch["mask"])  # (8, 3, S, S) uint8, (8, 1, S, S)
+    scaled = normalise(images)
+    prediction = task.model.eval().reconstruct(scaled, batch["mask"])
+    if recipe.task.target_window:
+        mean, deviation = sliding_statistics(scaled, recipe.task.target_window)
+        prediction = prediction * deviation + mean
+    slope, offset = _denormalisation(images)
+    pixels = ((prediction - offset) / slope).round().clamp(0, 255).byte()
+    masked = torch.where(hidden, torch.full_like(images, GREY), images)
+    rows = torch.stack([images, masked, torch.where(hidden, pixels, images)], dim=1).flatten(0, 1)
+    write_png(make_grid(rows, nrow=3 * 2, padding=3, pad_value=255), str(out))
+
+
+def _denormalisation(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slope and offset per channel of `normalise`, which is affine."""
+    black, white = (normalise(torch.full_like(images[:1, :, :1, :1], value)) for value in (0, 255))
+    return (white - black) / 255, black
