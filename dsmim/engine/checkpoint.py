@@ -149,7 +149,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # its progress is no output of ours
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    return {name: tensor.detach() for name, tensor in weights.items()}
 
 
 def _fresh_folder(path: Path) -> None:

@@ -177,7 +177,9 @@ def test_damaged_checkpoints_a_held_directory_and_a_fork(tmp_path, shards):
             line = first.stderr.readline()
             assert line, said
             said += line
+        first.send_signal(signal.SIGSTOP)  # alive, but not finishing while the second one looks
         second = dsmim(*train, check=False)
+        first.send_signal(signal.SIGCONT)
         said += first.stderr.read()
     assert first.returncode == 0, said
     assert "step_00000006 passed over" in said and "is damaged" in said
