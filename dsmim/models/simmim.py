@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from timm.layers import trunc_normal_
 from torch import nn
-from torch.nn import functional as F
 
 
 class SimMIM(nn.Module):
@@ -89,6 +88,14 @@ def sliding_statistics(images: torch.Tensor, window: int) -> tuple[torch.Tensor,
 
 
 def _window_sum(x: torch.Tensor, window: int) -> torch.Tensor:
-    """Sum over the window around every pixel, zeros beyond the border: rows, then columns."""
-    rows = F.avg_pool2d(x, (1, window), stride=1, padding=(0, window // 2))
-    return F.avg_pool2d(rows, (window, 1), stride=1, padding=(window // 2, 0)) * window**2
+    """Sum over the window around every pixel, nothing beyond the border: differences of running sums, by dimension.
+
+    Its cost does not grow with the window, unlike average pooling's, and autocast leaves running sums in fp32.
+    """
+    for dim in (2, 3):
+        size, half = x.shape[dim], window // 2
+        running = torch.cat([torch.zeros_like(x.narrow(dim, 0, 1)), x.cumsum(dim)], dim)
+        centre = torch.arange(size, device=x.device)
+        above, below = (centre + half + 1).clamp(max=size), (centre - half).clamp(min=0)
+        x = running.index_select(dim, above) - running.index_select(dim, below)
+    return x
