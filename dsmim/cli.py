@@ -42,7 +42,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def _speaks(error: Exception) -> bool:
     """Errors that every rank knows of are told by rank 0 alone."""
     from dsmim.engine.placement import is_first
-    from dsmim.recipe import RecipeError
+    from dsmim.recipe_errors import RecipeError
 
     shared = isinstance(error, RecipeError) or type(error).__name__ == "Stopped"
     return is_first(os.environ) or not shared
@@ -166,7 +166,7 @@ def _shards_verify(options) -> int:
 
 
 def _samples(options) -> None:
-    from dsmim.recipe import load_recipe
+    from dsmim.recipe_file import load_recipe
     from dsmim.samples import sample_keys
 
     recipe = load_recipe(options.recipe, options.overrides)
@@ -175,7 +175,7 @@ def _samples(options) -> None:
 
 
 def _train(options) -> None:
-    from dsmim.recipe import load_recipe
+    from dsmim.recipe_file import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     from dsmim.train import fit
@@ -201,7 +201,7 @@ def _export(options) -> None:
 
 
 def _recipes(options) -> None:
-    from dsmim.recipe import load_recipe, shipped_recipes
+    from dsmim.recipe_file import load_recipe, shipped_recipes
 
     if options.recipe:
         print(load_recipe(options.recipe, options.overrides).to_yaml(), end="")

@@ -12,10 +12,11 @@ from dsmim.data.dataset import EvalDataset
 from dsmim.data.loader import eval_loader
 from dsmim.data.shards import open_shards
 from dsmim.engine import checkpoint
-from dsmim.engine.runtime import Runtime, start, stop
+from dsmim.engine.runtime import Runtime, joined
 from dsmim.engine.zero import resolve_precision
 from dsmim.models.weights import load_into
-from dsmim.recipe import Recipe, apply_overrides, required
+from dsmim.recipe import Recipe, required
+from dsmim.recipe_file import apply_overrides
 from dsmim.tasks import Task, build_task
 from dsmim.tasks.base import Batch
 
@@ -25,8 +26,7 @@ def evaluate(path: Path, overrides: list[str]) -> dict[str, Any]:
 
     The model is whole on every rank, without DeepSpeed, whatever ZeRO stage wrote the checkpoint. Raises ValueError.
     """
-    runtime = start()
-    try:
+    with joined() as runtime:
         found = runtime.on_first(lambda: str(checkpoint.locate(path)))
         recipe = runtime.together(lambda: recipe_of(Path(found), overrides))
         task = runtime.together(lambda: build_task(recipe))
@@ -35,8 +35,6 @@ def evaluate(path: Path, overrides: list[str]) -> dict[str, Any]:
         runtime.broadcast(task.model.to(runtime.device))
         figures = validate(_Autocast(task.model, recipe, runtime), task, data, recipe, runtime)
         return {"checkpoint": found, "data": recipe.data.val, **figures}
-    finally:
-        stop()
 
 
 def recipe_of(path: Path, overrides: list[str]) -> Recipe:

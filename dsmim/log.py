@@ -67,6 +67,30 @@ class Log:
         return duration(per_step * (self.total - step))
 
 
+class Clock:
+    """Images per second and the share of time spent waiting for data, since the last restart."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.begun, self.waited, self.steps = time.monotonic(), 0.0, 0
+
+    def waiting(self) -> Clock:
+        return self
+
+    def __enter__(self) -> None:
+        self._entered = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.waited += time.monotonic() - self._entered
+
+    def read(self, global_batch: int) -> dict[str, float]:
+        """Figures of all ranks for the steps since the restart."""
+        elapsed = time.monotonic() - self.begun
+        return {"images_per_second": global_batch * self.steps / elapsed, "data_wait": self.waited / elapsed}
+
+
 def duration(seconds: float) -> str:
     """'2h05m', '3m20s', '7s'."""
     minutes, rest = divmod(round(seconds), 60)

@@ -6,7 +6,6 @@ and going on changes nothing.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,12 @@ from dsmim.data.order import accumulation_steps, stream_key, training_order
 from dsmim.data.shards import open_shards
 from dsmim.engine import checkpoint
 from dsmim.engine.run_directory import RunDirectory, open_run
-from dsmim.engine.runtime import Runtime, start, stop
+from dsmim.engine.runtime import Runtime, joined
 from dsmim.engine.schedule import LearningRate, resolve
 from dsmim.engine.watch import Watch
 from dsmim.engine.zero import Engine, StepResult
 from dsmim.evaluate import open_validation, to_device, validate
-from dsmim.log import Log
+from dsmim.log import Clock, Log
 from dsmim.models.weights import load_into
 from dsmim.recipe import Duration, Recipe, required
 from dsmim.tasks import Task, build_task
@@ -36,11 +35,8 @@ def fit(recipe: Recipe, run_dir: Path, fork: bool = False) -> None:
 
     Every rank calls it. Raises ValueError (Stopped where all ranks know) for what a user can mend.
     """
-    runtime = start(recipe.engine.timeout_minutes)
-    try:
+    with joined(recipe.engine.timeout_minutes) as runtime:
         _Training(recipe, run_dir, fork, runtime).run()
-    finally:
-        stop()
 
 
 def training_data(recipe: Recipe, task: Task) -> TarDataset:
@@ -97,7 +93,7 @@ class _Training:
         validating, saving, logging = (self._cadence(c) for c in self._cadences())
         batches = iter(self._batches(total - first))
         self.log.say(self._headline(first))
-        clock = _Clock()
+        clock = Clock()
         for step in range(first, total):
             torch.manual_seed(stream_key(self.recipe.seed, "model", step, self.runtime.rank))
             loss, result, bad = self._step(step, batches, clock)
@@ -114,7 +110,7 @@ class _Training:
         self.log.close()
         self.engine.close()
 
-    def _step(self, step: int, batches: Any, clock: _Clock) -> tuple[float, StepResult, int]:
+    def _step(self, step: int, batches: Any, clock: Clock) -> tuple[float, StepResult, int]:
         """One optimizer step: the global batch's mean loss, what was done, undecodable images so far."""
         self.engine.train()
         losses, keys = torch.zeros(2, dtype=torch.float64, device=self.runtime.device), []
@@ -135,7 +131,7 @@ class _Training:
         self.watch.finite(step, total, own, result, keys)
         return total, result, bad
 
-    def _figures(self, loss: float, result: StepResult, bad: int, clock: _Clock) -> dict[str, float]:
+    def _figures(self, loss: float, result: StepResult, bad: int, clock: Clock) -> dict[str, float]:
         speed = clock.read(self.recipe.batch.global_batch)
         return {"loss": loss, "lr": result.lr, "grad_norm": result.grad_norm, "undecodable": bad, **speed}
 
@@ -200,27 +196,3 @@ class _Training:
             f"{order.samples} samples, batch {self.recipe.batch.global_batch} ({self.accumulation} micro batches per "
             f"rank), steps {first} to {self.rate.total}"
         )
-
-
-class _Clock:
-    """Images per second and the share of time spent waiting for data, since the last restart."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self.begun, self.waited, self.steps = time.monotonic(), 0.0, 0
-
-    def waiting(self) -> _Clock:
-        return self
-
-    def __enter__(self) -> None:
-        self._entered = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self.waited += time.monotonic() - self._entered
-
-    def read(self, global_batch: int) -> dict[str, float]:
-        """Figures of all ranks for the steps since the restart."""
-        elapsed = time.monotonic() - self.begun
-        return {"images_per_second": global_batch * self.steps / elapsed, "data_wait": self.waited / elapsed}

@@ -12,7 +12,7 @@ import yaml
 
 import dsmim as package
 from dsmim.cli import main
-from dsmim.recipe import shipped_recipes
+from dsmim.recipe_file import shipped_recipes
 from tests.conftest import dsmim, environment, tiny_recipe
 
 
@@ -115,7 +115,7 @@ def test_a_closed_pipe_is_no_error(recipe):
 def test_no_room_imports_upward():
     """docs/architecture.md's floors."""
     floors = [
-        {"recipe", "recipe_errors"},
+        {"recipe", "recipe_errors", "recipe_file"},
         {"models", "data", "engine", "log"},
         {"tasks"},
         {"evaluate", "train", "export", "samples"},

@@ -2,7 +2,9 @@ import pytest
 import yaml
 
 from dsmim.engine.ds_config import load_ds_config, shipped_configs
-from dsmim.recipe import Recipe, RecipeError, differences, load_recipe, parse_recipe, shipped_recipes
+from dsmim.recipe import Recipe
+from dsmim.recipe_errors import RecipeError
+from dsmim.recipe_file import differences, load_recipe, parse_recipe, shipped_recipes
 from tests.conftest import tiny_recipe
 
 

@@ -11,7 +11,8 @@ from typing import Any, TextIO
 
 from dsmim.engine import checkpoint
 from dsmim.engine.runtime import Runtime
-from dsmim.recipe import Recipe, differences
+from dsmim.recipe import Recipe
+from dsmim.recipe_file import differences
 
 
 @dataclass

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -101,6 +102,19 @@ def start(timeout_minutes: float = 10) -> Runtime:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
     _join(place, accelerated, timedelta(minutes=timeout_minutes))
     return Runtime(place, torch.device("cuda", index) if accelerated else torch.device("cpu"))
+
+
+@contextmanager
+def joined(timeout_minutes: float = 10) -> Iterator[Runtime]:
+    """A started process group, left at the end. After an error that only this rank knows of it is not left in good
+    order: that would wait for ranks that wait for this one; the launcher ends them."""
+    runtime = start(timeout_minutes)
+    try:
+        yield runtime
+    except Stopped:
+        stop()
+        raise
+    stop()
 
 
 def stop() -> None:

@@ -11,7 +11,8 @@ import torch
 from dsmim.engine.runtime import start, stop
 from dsmim.engine.schedule import resolve
 from dsmim.engine.zero import Engine
-from dsmim.recipe import Recipe, parse_recipe
+from dsmim.recipe import Recipe
+from dsmim.recipe_file import parse_recipe
 from dsmim.tasks import build_task
 
 STEPS, BATCH = 10, 8

@@ -13,7 +13,8 @@ from dsmim.engine.schedule import resolve
 from dsmim.engine.watch import Watch
 from dsmim.engine.zero import StepResult
 from dsmim.models import create_model, layer_ids
-from dsmim.recipe import Duration, Optim, Schedule, parse_recipe
+from dsmim.recipe import Duration, Optim, Schedule
+from dsmim.recipe_file import parse_recipe
 from tests.conftest import tiny_recipe
 
 TORCHRUN = dict(RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", MASTER_ADDR="n0", MASTER_PORT="29501", LOCAL_WORLD_SIZE="2")

@@ -1,0 +1,62 @@
+"""The README's commands, run as they stand there (training cut to two steps)."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, image_bytes, run
+
+SHORT = (
+    "schedule.duration.steps=2 schedule.warmup.steps=0 schedule.warmup.epochs=null schedule.duration.epochs=null "
+    "batch.global_batch=4 data.workers=0"
+)
+TEXT = (ROOT / "README.md").read_text()
+LINES = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A user's folder with twenty photographs in two classes."""
+    folder = tmp_path_factory.mktemp("home")
+    for number in range(20):
+        path = folder / "my_images" / ("cat" if number % 2 else "dog") / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image_bytes(number, side=128, kind="JPEG"))
+    return folder
+
+
+def test_the_readme_shows_the_commands():
+    assert len(LINES) == 13 and all(line.split()[0] in ("dsmim", "deepspeed", "torchrun", "mpirun") for line in LINES)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_command(home, line):
+    """In order: later commands use what earlier ones made."""
+    words = shlex.split(line)
+    if "train" in words:
+        words += shlex.split(SHORT)
+    if words[0] == "mpirun":  # the remark below the block
+        words[1:1] = ["--allow-run-as-root", "--oversubscribe"]
+    done = run(*words, cwd=home)
+    if "train" in words:
+        assert "step 2/2" in done.stderr or "step 2/2" in done.stdout
+
+
+def test_library_example():
+    import torch
+
+    code = re.search(r"```python\n(.*?)```", TEXT, re.S)[1].replace("swinv2_base", "swinv2_nano")
+    names = {"images": torch.randn(1, 3, 192, 192), "mask": torch.rand(1, 48, 48) < 0.6}
+    exec(code, names)
+    assert torch.isfinite(names["loss"])
+
+
+def test_named_files_and_recipes_exist():
+    from dsmim.recipe_file import shipped_recipes
+
+    for name in re.findall(r"\]\(([\w./]+)\)", TEXT):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"`((?:simmim|demo)_\w+)`", TEXT):
+        assert name in shipped_recipes(), name
