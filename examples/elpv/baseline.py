@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from sklearn.linear_model import LogisticRegressionCV
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torchvision.transforms.v2 import functional as TF
@@ -26,7 +28,14 @@ def pixels(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def accuracy(folder: Path) -> float:
-    """Test accuracy of logistic regression trained on `labelled`, its penalty chosen by cross-validation there."""
-    model = make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=np.logspace(-5, -1, 9), cv=4, max_iter=400))
-    model.fit(*pixels(folder, "labelled"))
+    """Test accuracy of logistic regression trained on `labelled`, its penalty chosen by cross-validation there.
+
+    The pixels are turned into all their principal components first: the L2 penalty does not see the rotation, and there
+    are fewer of them than pixels, which saves minutes.
+    """
+    images, labels = pixels(folder, "labelled")
+    regression = GridSearchCV(
+        LogisticRegression(max_iter=2000), {"C": np.logspace(-5, -1, 9)}, cv=4, scoring="accuracy"
+    )
+    model = make_pipeline(StandardScaler(), PCA(n_components=len(images) - 1), regression).fit(images, labels)
     return float(model.score(*pixels(folder, "test")))
