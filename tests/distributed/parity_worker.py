@@ -16,7 +16,8 @@ from dsmim.recipe_file import parse_recipe
 from dsmim.tasks import build_task
 
 STEPS, BATCH = 10, 8
-CONFIGURATIONS = [(stage, accumulation, "fp32") for stage in (0, 1, 2, 3) for accumulation in (1, 2)] + [
+CONFIGURATIONS = [
+    *((stage, accumulation, "fp32") for stage in (0, 1, 2, 3) for accumulation in (1, 2)),
     ("3_blocks", 1, "fp32"),
     (3, 1, "bf16"),
 ]
