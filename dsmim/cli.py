@@ -226,9 +226,12 @@ def _steps(text: str) -> range:
 
 def _split(text: str) -> dict[str, float]:
     try:
-        shares = {name: float(share) for name, share in (part.split("=") for part in text.split(","))}
+        pairs = [part.split("=") for part in text.split(",")]
+        shares = {name: float(share) for name, share in pairs}
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form train=0.9,val=0.1") from None
+    if len(shares) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} gives a name twice")
     if not all(0 < share <= 1 for share in shares.values()):
         raise argparse.ArgumentTypeError(f"{text!r}: every share must lie between 0 and 1")
     return shares

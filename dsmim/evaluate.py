@@ -59,7 +59,7 @@ def validate(model: Any, task: Task, data: EvalDataset, recipe: Recipe, runtime:
     loader = eval_loader(data, recipe.batch.eval_batch, runtime.world_size, runtime.rank, workers, pin)
     total: torch.Tensor | None = None
     for batch in loader:
-        for fault in batch["undecodable"] if batch["weight"].any() else ():
+        for fault in batch["undecodable"]:
             print(f"undecodable image left out of the evaluation: {fault}", file=sys.stderr, flush=True)
         sums = task.validation_sums(model, to_device(batch, runtime.device))
         total = sums if total is None else total + sums

@@ -86,7 +86,7 @@ class Clock:
         self.waited += time.monotonic() - self._entered
 
     def read(self, global_batch: int) -> dict[str, float]:
-        """Figures of all ranks for the steps since the restart."""
+        """Images per second of all ranks, and this rank's share of waiting, for the steps since the restart."""
         elapsed = time.monotonic() - self.begun
         return {"images_per_second": global_batch * self.steps / elapsed, "data_wait": self.waited / elapsed}
 

@@ -20,7 +20,7 @@ Count = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     """A part of the recipe: unknown keys are errors, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Duration(Section):
@@ -105,13 +105,23 @@ class Augment(Section):
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     hflip: Share = 0.5
     vflip: Share = 0.0
-    rand_augment: str | None = None
+    rand_augment: Annotated[str, Field(pattern=r"^rand(-[a-z]+[\d.]*)*$")] | None = None
     """timm's RandAugment string, such as rand-m9-mstd0.5-inc1."""
     random_erasing: Share = 0.0
     """Share of images of which a rectangle becomes per-pixel noise."""
     eval_crop_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Evaluation: the centre crop's side over the resized short side."""
     eval_interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Augment:
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} goes from small to large, got [{low:g}, {high:g}]")
+        if self.crop_scale[1] > 1:
+            raise ValueError(f"crop_scale is a share of the image, got {self.crop_scale[1]:g}")
+        return self
 
 
 class Data(Section):

@@ -69,6 +69,8 @@ class _Training:
         self.accumulation: int = runtime.together(
             lambda: accumulation_steps(batch.global_batch, batch.micro_batch, runtime.world_size)
         )
+        micro = batch.global_batch // (runtime.world_size * self.accumulation)
+        runtime.together(lambda: self.task.check_micro_batch(micro))
         self.rate: LearningRate = runtime.together(
             lambda: resolve(recipe.schedule, recipe.optim, batch.global_batch, epoch)
         )
@@ -141,6 +143,7 @@ class _Training:
         if run.resume_from is not None:
             self.runtime.together(lambda: self._check_stage(run.state["zero_stage"]))
             self.runtime.together(lambda: checkpoint.load(self.engine, run.resume_from))
+            self.watch.restore(run.state["watch"])
             self.log.say(f"resumed from {run.resume_from}")
         return run.step
 
@@ -157,6 +160,7 @@ class _Training:
             "data_fingerprint": self.fingerprint,
             "world_size": self.runtime.world_size,
             "zero_stage": self.engine.stage,
+            "watch": self.watch.state(),
             "recipe": self.recipe.model_dump(mode="json"),
         }
         keep = self.recipe.checkpoint.keep

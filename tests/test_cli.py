@@ -77,7 +77,15 @@ def test_recipes_are_listed_and_printed_whole(capsys):
     assert printed["optim"]["lr"] == 7e-4 and printed["data"]["max_undecodable"] == 0.01
 
 
-@pytest.mark.parametrize("words", [["train", "demo_pretrain", "--frok"], ["samples", "x", "--steps", "5"], ["nothing"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "demo_pretrain", "--frok"],
+        ["samples", "x", "--steps", "5"],
+        ["nothing"],
+        ["shards", "build", "x", "y", "--split", "a=0.5,a=0.2"],
+    ],
+)
 def test_usage_errors(words):
     with pytest.raises(SystemExit) as ended:
         main(words)

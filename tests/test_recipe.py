@@ -65,6 +65,9 @@ def test_all_problems_at_once_with_the_nearest_key(tmp_path):
         (("task", "name"), "simim", "task: "),
         (("batch", "micro_batch"), 3, "batch.global_batch: 8 is not a multiple of batch.micro_batch 3"),
         (("schedule", "name"), "multistep", "schedule: milestones"),
+        (("data", "augment"), {"crop_scale": [1.0, 0.5]}, "crop_scale goes from small to large"),
+        (("data", "augment"), {"rand_augment": "foo"}, "data.augment.rand_augment: string should match"),
+        (("optim", "lr"), float("inf"), "optim.lr: input should be a finite number"),
         (("data", "workers"), "many", "data.workers: input should be a valid integer"),
     ],
 )

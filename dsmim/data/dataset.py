@@ -50,7 +50,7 @@ class ShardReader:
         try:
             key, members = parse_sample(data)
         except tarfile.TarError:
-            key = ""
+            key = ""  # the bytes there are no tar member any more
         if not key:
             raise DataError(f"{self.shards[shard].tar}: no sample at byte {offset}; index the shard again")
         return key, members
@@ -112,8 +112,8 @@ class EvalDataset(Dataset):
         try:
             key, image, label = load(self.reader, shard, row, self.classes)
         except Undecodable as fault:
+            faults = [str(fault)] if weight else []  # padding is not reported
             key, image, label, weight = str(row), torch.zeros(3, 8, 8, dtype=torch.uint8), 0, 0.0
-            faults.append(str(fault))
         with seeded(stream_key("evaluation", key)):
             tensors = self.transform(image, label)
         return {"key": key, **tensors, "weight": weight, "undecodable": faults}

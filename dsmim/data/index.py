@@ -53,8 +53,12 @@ class ShardIndex:
 
 
 def index_file(tar: Path, index_dir: str | Path | None = None) -> Path:
-    """Where the sidecar of a tar lies: beside it, or under its own name in index_dir."""
-    return (Path(index_dir) if index_dir else tar.parent) / (tar.name + SUFFIX)
+    """Where the sidecar of a tar lies: beside it; or in index_dir, where its name tells the tar's folder apart, since
+    train/000.tar and val/000.tar may share one index_dir."""
+    if not index_dir:
+        return tar.parent / (tar.name + SUFFIX)
+    folder = hashlib.sha256(str(tar.parent.resolve()).encode()).hexdigest()[:8]
+    return Path(index_dir) / f"{tar.name}.{folder}{SUFFIX}"
 
 
 def split_member(name: str) -> tuple[str, str] | None:
@@ -107,6 +111,11 @@ def read_index(tar: Path, index_dir: str | Path | None = None) -> ShardIndex:
     if version != VERSION or path.stat().st_size != PAGE + 16 * samples:
         raise ValueError(f"{path}: was cut short or written by another version of dsmim; {mend}")
     tar_stat = tar.stat()
+    if tar_stat.st_size < index.tar_bytes:
+        raise ValueError(
+            f"{tar}: has {tar_stat.st_size} bytes of the {index.tar_bytes} that were indexed: truncated; copy or build "
+            f"it again, or if it was replaced on purpose, {mend}"
+        )
     if tar_stat.st_size != index.tar_bytes or tar_stat.st_mtime_ns > path.stat().st_mtime_ns:
         raise ValueError(f"{path}: index is older than its tar, which has changed since; {mend}")
     return index

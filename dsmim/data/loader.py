@@ -70,5 +70,6 @@ def _loader(dataset: torch.utils.data.Dataset, batches: Sampler, workers: int, p
         collate_fn=collate,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
+        multiprocessing_context="fork" if workers else None,  # the indexes' mappings and the modules are shared
         generator=torch.Generator(),  # its own: the loader must not draw from the model's random stream
     )

@@ -16,6 +16,7 @@ from PIL import Image
 from dsmim.data.index import ShardIndex, is_image, write_index
 from dsmim.data.order import permutation
 from dsmim.data.parallel import parallel
+from dsmim.data.pixels import open_rgb
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,11 @@ def _sample(source: Source, short_side: int | None) -> dict:
 def _shrink(path: Path, data: bytes, extension: str, short_side: int) -> tuple[bytes, str]:
     try:
         with Image.open(io.BytesIO(data)) as image:
-            factor = short_side / min(image.size)
-            if factor >= 1:
-                return data, extension
+            grey, factor = image.mode == "L", short_side / min(image.size)
             size = tuple(max(short_side, round(side * factor)) for side in image.size)
-            small = image.convert("L" if image.mode == "L" else "RGB").resize(size, Image.Resampling.BICUBIC)
+        if factor >= 1:
+            return data, extension
+        small = open_rgb(data).resize(size, Image.Resampling.BICUBIC).convert("L" if grey else "RGB")
     except Exception as error:
         raise ValueError(f"{path}: cannot be decoded: {error}") from None
     buffer = io.BytesIO()
@@ -165,7 +166,10 @@ def _from_table(table: Path, root: Path) -> tuple[list[Source], list[str]]:
         number = next(i for i, row in enumerate(rows) if len(row) != len(rows[0]) or len(row) > 2)
         raise ValueError(f"{table}: row {number + 1} ({rows[number]}) should have the columns path or path,label")
     words = [row[1].strip() for row in rows if len(row) == 2]
-    numeric = all(word.isdigit() for word in words)
+    numeric = bool(words) and words[0].isdigit()
+    if odd := [number for number, word in enumerate(words) if not word or word.isdigit() != numeric]:
+        what = "a number from 0" if numeric else "a name"
+        raise ValueError(f"{table}: row {odd[0] + 1} has the label {words[odd[0]]!r} where the first one is {what}")
     classes = [] if numeric else sorted(set(words))
     labels = {word: int(word) if numeric else classes.index(word) for word in set(words)}
     sources = [Source(root / row[0], _key(Path(row[0])), labels[row[1].strip()] if words else None) for row in rows]

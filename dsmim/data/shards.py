@@ -36,8 +36,8 @@ def open_shards(patterns: str | list[str], index_dir: str | None, what: str) -> 
 
 
 def index_all(patterns: list[str], index_dir: str | None, workers: int, force: bool = False) -> list[ShardIndex]:
-    """Index every shard that has no valid index yet (all of them with force). Raises ValueError on the first bad one,
-    after the others are done."""
+    """Index every shard that has no valid index yet (all of them with force). Raises ValueError that lists the bad
+    ones, after the others are done."""
     return parallel(partial(_index_one, index_dir=index_dir, force=force), expand(patterns), workers, "index")
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import random
 from collections.abc import Callable
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms import str_to_pil_interp
@@ -17,6 +15,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
+from dsmim.data.pixels import open_rgb
 from dsmim.recipe import Augment
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
@@ -29,16 +28,17 @@ class Undecodable(ValueError):
 def decode(data: bytes) -> torch.Tensor:
     """(3, H, W) uint8 RGB. torchvision's decoders first; Pillow for what they do not know (BMP, TIFF, CMYK).
 
-    Raises Undecodable with what the decoders said.
+    16-bit images are scaled to 8; of an animation the first frame is taken. Raises Undecodable with what both said.
     """
     try:
-        return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
     except (RuntimeError, ValueError) as first:
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                return TF.pil_to_tensor(image.convert("RGB"))
+            return TF.pil_to_tensor(open_rgb(data))
         except Exception as second:
             raise Undecodable(f"{str(first).splitlines()[0]} | {second}") from None
+    image = image[0] if image.ndim == 4 else image
+    return image if image.dtype == torch.uint8 else (image.int() // 257).byte()
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def seeded(key: int):
     with torch.random.fork_rng(devices=[]):
         random.seed(key)
         np.random.seed(key % 2**32)
-        torch.manual_seed(key)
+        torch.default_generator.manual_seed(key)  # torch.manual_seed would reseed a GPU's stream too, the model's
         try:
             yield
         finally:

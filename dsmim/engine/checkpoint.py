@@ -32,13 +32,15 @@ _NAME = re.compile(r"step_(\d{8,})")
 
 
 def save(engine: Engine, folder: Path, step: int, state: dict[str, Any], keep: int, runtime: Runtime) -> Path:
-    """Write the checkpoint of `step` completed steps. Collective. Raises Stopped when the disk refuses."""
+    """Write the checkpoint of `step` completed steps. Collective. Raises ValueError when the disk refuses."""
     final, tag = folder / f"step_{step:08d}", f".partial_{step:08d}"
     partial = folder / tag
     runtime.on_first(lambda: _fresh_folder(partial))
-    runtime.together(lambda: engine.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False))
+    _write_shards(engine, folder, tag)
     runtime.on_first(lambda: _write_json(partial / STATE, {"format": FORMAT, "step": step, **state}))
-    digests = runtime.together(lambda: _digest_share(partial, runtime, sync=True))
+    # Rank 0 lists: on a network file system another node may not see the newest names yet.
+    names = runtime.on_first(lambda: sorted(path.name for path in partial.iterdir()))
+    digests = runtime.together(lambda: _digest(partial, names[runtime.rank :: runtime.world_size]))
     files = {name: entry for share in runtime.gather(digests) for name, entry in share.items()}
     runtime.on_first(lambda: _publish(partial, final, files))
     runtime.on_first(lambda: _retain(folder, keep))
@@ -63,10 +65,7 @@ def find_valid(folder: Path, runtime: Runtime) -> tuple[Path | None, list[str]]:
 
 def load(engine: Engine, checkpoint: Path) -> None:
     """Weights and optimizer of a checkpoint of the same world size and ZeRO stage. Collective."""
-    # No `latest` involved, and optimizer states always along: DeepSpeed's partial loads at stage 3 load other
-    # weights, or none (deepspeedai/DeepSpeed #8499).
-    path, _ = engine.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if path is None:
+    if not engine.restore(checkpoint.parent, checkpoint.name):
         raise ValueError(f"{checkpoint}: DeepSpeed found nothing to load")
 
 
@@ -118,17 +117,18 @@ def check_files(checkpoint: Path, rank: int = 0, world_size: int = 1) -> str | N
     """What is wrong with a rank's share of the files (all of them by default); None when they are as recorded."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"its manifest cannot be read ({error})"
-    for name in sorted(files)[rank::world_size]:
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != files[name]["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {files[name]['bytes']}"
-        if _sha256(path) != files[name]["sha256"]:
-            return f"{name} is damaged (its digest differs)"
-    return None
+        checks = ((checkpoint / name, files[name]) for name in sorted(files)[rank::world_size])
+        return next((fault for path, entry in checks if (fault := _fault(path, entry))), None)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"cannot be read, or its manifest is damaged ({type(error).__name__}: {error})"
+
+
+def _fault(path: Path, entry: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != entry["bytes"]:
+        return f"{path.name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+    return None if _sha256(path) == entry["sha256"] else f"{path.name} is damaged (its digest differs)"
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -153,17 +153,25 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in weights.items()}
 
 
+def _write_shards(engine: Engine, folder: Path, tag: str) -> None:
+    """DeepSpeed's part. A rank whose disk refuses ends here alone, since the others wait inside DeepSpeed's barriers;
+    the launcher ends those."""
+    try:
+        engine.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    except (RuntimeError, OSError) as error:  # torch's writer raises RuntimeError for a full disk
+        raise ValueError(f"{folder / tag}: cannot be written ({error}); the last checkpoint stands") from None
+
+
 def _fresh_folder(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
 
 
-def _digest_share(folder: Path, runtime: Runtime, sync: bool) -> dict[str, dict[str, Any]]:
-    """Size and digest of this rank's share of the files, brought to disk."""
+def _digest(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Size and digest of these files, brought to disk."""
     entries = {}
-    for path in sorted(folder.iterdir())[runtime.rank :: runtime.world_size]:
-        if sync:
-            _fsync(path)
+    for path in (folder / name for name in names):
+        _fsync(path)
         entries[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     return entries
 

@@ -44,6 +44,7 @@ def detect(env: Mapping[str, str]) -> Placement:
     else:
         place = Placement("single process", 0, 1, 0, 1, "127.0.0.1", free_port())
     _check_range(place)
+    _check_against_mpi(place, env)
     _check_against_slurm(place, env)
     return place
 
@@ -131,6 +132,17 @@ def _check_range(place: Placement) -> None:
         )
 
 
+def _check_against_mpi(place: Placement, env: Mapping[str, str]) -> None:
+    """What an MPI launcher announces must not be more than what this process sees."""
+    for name in ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if place.world_size < int(env.get(name) or 0):
+            raise ValueError(
+                f"{name} announces {env[name]} ranks but this process sees a world of {place.world_size} "
+                f"({place.launcher}): they would train as separate runs; unset what another launcher left, or set "
+                f"{', '.join(TORCH_VARIABLES)} for every rank"
+            )
+
+
 def _check_against_slurm(place: Placement, env: Mapping[str, str]) -> None:
     """A Slurm job of several tasks in which a process sees fewer ranks than there are tasks is N separate runs."""
     step_tasks = int(env.get("SLURM_STEP_NUM_TASKS", 0))
@@ -140,4 +152,10 @@ def _check_against_slurm(place: Placement, env: Mapping[str, str]) -> None:
             f"Slurm gives {tasks} tasks but this process sees a world of {place.world_size} ({place.launcher}): they "
             "would train as separate runs. Start with `srun python -m dsmim …` (or mpirun, torchrun, deepspeed for all "
             "tasks); for one process on purpose, `srun --ntasks=1 …`"
+        )
+    if int(env.get("SLURM_STEP_NUM_NODES", 1)) > 1 and place.local_world_size == place.world_size > 1:
+        raise ValueError(
+            f"Slurm started this step on {env['SLURM_STEP_NUM_NODES']} nodes but all {place.world_size} ranks of this "
+            f"world ({place.launcher}) are on one: every node would train its own run. Give torchrun --nnodes and a "
+            "rendezvous, or start with `srun python -m dsmim …`"
         )

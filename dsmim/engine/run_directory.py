@@ -59,10 +59,8 @@ def open_run(path: Path, recipe: Recipe, data: str, runtime: Runtime, fork: bool
         runtime.together(lambda: _check_layout(run.state, runtime))
     elif run.notes:
         runtime.together(lambda: _none_left(path, run.notes))
-    if runtime.is_first:
-        checkpoint.set_aside(run.checkpoints, newer_than=run.step)
-    if runtime.is_first:
-        (path / "recipe.yaml").write_text(recipe.to_yaml())
+    runtime.on_first(lambda: checkpoint.set_aside(run.checkpoints, newer_than=run.step))
+    runtime.on_first(lambda: (path / "recipe.yaml").write_text(recipe.to_yaml()))
     return run
 
 
@@ -75,6 +73,12 @@ def _take(path: Path) -> TextIO:
     except BlockingIOError:
         lock.seek(0)
         raise ValueError(f"{path}: another live run holds this directory ({lock.read().strip()})") from None
+    except OSError as error:
+        raise ValueError(
+            f"{path / 'lock'}: this file system refuses locks ({error.strerror}); mount it with them (Lustre: "
+            "-o flock) or put the run directory elsewhere"
+        ) from None
+    os.register_at_fork(after_in_child=lock.close)  # or data workers would hold on to it when this process is killed
     lock.truncate(0)
     job = os.environ.get("SLURM_JOB_ID")
     lock.write(f"process {os.getpid()} on {socket.gethostname()}" + (f", Slurm job {job}" if job else ""))

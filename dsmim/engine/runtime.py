@@ -141,7 +141,7 @@ def _device_index(place: Placement) -> int:
     visible = torch.cuda.device_count()
     if place.local_rank < visible:
         return place.local_rank
-    if visible == 1:  # one bound GPU per task, as `srun --gpus-per-task=1` gives
+    if visible == 1 and place.launcher == "srun":  # one bound GPU per task, as `srun --gpus-per-task=1` gives
         return 0
     raise ValueError(f"local rank {place.local_rank} has no GPU of its own: {visible} are visible on this node")
 

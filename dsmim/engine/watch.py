@@ -23,6 +23,13 @@ class Watch:
         self.runtime, self.say, self.epoch_samples = runtime, say, epoch_samples
         self.bad, self.seen, self.skipped_in_a_row = 0, 0, 0
 
+    def state(self) -> dict[str, int]:
+        """What a resumed run goes on counting from."""
+        return {"bad": self.bad, "seen": self.seen, "skipped_in_a_row": self.skipped_in_a_row}
+
+    def restore(self, state: dict[str, int]) -> None:
+        self.bad, self.seen, self.skipped_in_a_row = state["bad"], state["seen"], state["skipped_in_a_row"]
+
     def undecodable(self, batch: dict[str, Any]) -> int:
         """Report a micro batch's undecodable images on the rank that met them; gives their number."""
         for fault in batch["undecodable"]:

@@ -29,6 +29,10 @@ class Task(ABC):
     """(3, H, W) uint8 image and label → the tensors of one training sample; runs in a data worker."""
     eval_sample: Callable[[torch.Tensor, int | None], Batch]
 
+    def check_micro_batch(self, size: int) -> None:
+        """Raise ValueError for a micro batch that the task cannot train on."""
+        assert size > 0
+
     @abstractmethod
     def training_loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Mean loss of a micro batch that lies on the device; batch["step"] is the optimizer step."""

@@ -32,6 +32,10 @@ class Classify(Task):
         self.train_sample = _LabelledSample(train_transform(augment, size))
         self.eval_sample = _LabelledSample(eval_transform(augment, size))
 
+    def check_micro_batch(self, size: int) -> None:
+        if size % 2 and (self.settings.mixup or self.settings.cutmix):
+            raise ValueError(f"batch.micro_batch: mixup and CutMix pair neighbours; {size} samples per rank are odd")
+
     def training_loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         images, targets = normalise(batch["image"]), self._targets(batch["label"])
         if self.settings.mixup or self.settings.cutmix:

@@ -21,10 +21,9 @@ def mix(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """images (B, C, H, W) and soft targets (B, K) → the same, mixed with their neighbours.
 
-    Raises ValueError for an odd B, which would leave a sample without its neighbour.
+    B is even, and the first sample's position too, so that every sample has its neighbour.
     """
-    if len(images) % 2:
-        raise ValueError(f"batch.micro_batch: mixup and cutmix need an even micro batch, this one is {len(images)}")
+    assert len(images) % 2 == 0
     partner = torch.arange(len(images), device=images.device) ^ 1
     with seeded(stream_key(seed, "mix", step)):
         cut = np.random.rand() < settings.mix_switch if settings.mixup and settings.cutmix else bool(settings.cutmix)

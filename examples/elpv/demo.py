@@ -23,7 +23,7 @@ from prepare import CLASSES, LICENCE, prepare
 DATA, RUNS = Path("data/elpv"), Path("runs/demo")
 BIN = Path(sys.executable).parent
 GPUS = torch.cuda.device_count()
-RANKS = GPUS or 2
+RANKS = next(n for n in (8, 4, 2, 1) if n <= GPUS) if GPUS else 2  # must divide the batch of 32
 ENVIRONMENT = os.environ | ({} if GPUS else {"DS_ACCELERATOR": "cpu"}) | {"PATH": f"{BIN}:{os.environ['PATH']}"}
 STAGES = ["shards", "pretrain", "finetune", "from_scratch", "evaluate", "baseline", "picture"]
 
@@ -74,7 +74,12 @@ class Clock:
 
 def launch(*words: object) -> None:
     """Run dsmim under the deepspeed launcher, one rank per GPU, or two on a machine without."""
-    command = [BIN / "deepspeed", "--num_accelerators", RANKS, "--module", "dsmim", *words]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if GPUS and visible:  # the launcher would take the first GPUs of the machine instead of those meant
+        where = ["--include", "localhost:" + ",".join(visible.split(",")[:RANKS])]
+    else:
+        where = ["--num_accelerators", RANKS]
+    command = [BIN / "deepspeed", *where, "--module", "dsmim", *words]
     done = subprocess.run([str(word) for word in command], env=ENVIRONMENT)
     if done.returncode:
         sys.exit(f"demo: {' '.join(map(str, words))} ended with status {done.returncode}")

@@ -176,6 +176,31 @@ def test_every_colour_mode_becomes_rgb(mode):
     assert decode(buffer.getvalue()).shape == (3, 40, 41)
 
 
+def test_sixteen_bits_are_scaled_not_clipped():
+    ramp = np.linspace(0, 65535, 40 * 40).reshape(40, 40).astype(np.uint16)
+    for kind in ("PNG", "TIFF"):
+        buffer = io.BytesIO()
+        Image.fromarray(ramp).save(buffer, kind)
+        image = decode(buffer.getvalue())
+        assert image.dtype == torch.uint8 and image.shape == (3, 40, 40)
+        assert np.abs(image[0].numpy().astype(int) - (ramp // 257).astype(int)).max() <= 1, kind
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue", "green")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    image = decode(buffer.getvalue())
+    assert image.shape == (3, 10, 20) and image[:, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_seeding_a_sample_leaves_an_accelerator_s_stream_alone(monkeypatch):
+    """torch.manual_seed would reseed every GPU: all ranks would then draw the same drop path."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU was reseeded"))
+    with seeded(7):
+        torch.rand(1)
+
+
 def test_rubbish_is_undecodable():
     with pytest.raises(Undecodable):
         decode(b"rubbish")

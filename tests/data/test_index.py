@@ -107,6 +107,21 @@ def test_read_only_shards_are_indexed_elsewhere(tmp_path):
     assert read_index(path, tmp_path / "idx").samples == 3 and not index_file(path).exists()
 
 
+def test_shards_of_one_name_share_an_index_dir(tmp_path):
+    for folder, count in (("train", 3), ("val", 2)):
+        make_shards(tmp_path / folder, [count])
+    paths = [tmp_path / folder / "train-000.tar" for folder in ("train", "val")]
+    indexes = index_all([str(path) for path in paths], str(tmp_path / "idx"), workers=1)
+    assert [read_index(path, tmp_path / "idx").samples for path in paths] == [3, 2] == [i.samples for i in indexes]
+
+
+def test_a_tar_that_was_cut_after_indexing(tmp_path):
+    path = make_shards(tmp_path, [3])[0]
+    path.write_bytes(path.read_bytes()[:1500])
+    with pytest.raises(ValueError, match=r"has 1500 bytes of the .* truncated"):
+        read_index(path)
+
+
 @pytest.mark.parametrize("cut", [100, 700, 3000, 10**6])
 def test_truncated_tar(tmp_path, cut):
     path = write_tar(tmp_path / "t.tar", [(f"{i}.png", image_bytes(i)) for i in range(4)])

@@ -69,6 +69,9 @@ def test_build_from_tables(folder, tmp_path):
         ("path,label\nx.png,1\n", "no such file"),
         ("images/cat/1.png,1\nimages/cat/2.png\n", "row 2"),
         ("", "no images found"),
+        ("images/cat/1.png,1\nimages/cat/2.png,\n", "row 2 has the label '' where the first one is a number"),
+        ("images/cat/1.png,1\nimages/cat/2.png,-1\n", "row 2 has the label '-1'"),
+        ("images/cat/1.png,tabby\nimages/cat/2.png,3\n", "row 2 has the label '3' where the first one is a name"),
         ("images/cat/1.png\nimages/cat/1.png\n", "share the key"),
     ],
 )

@@ -185,10 +185,13 @@ def test_damaged_checkpoints_a_held_directory_and_a_fork(tmp_path, shards):
     assert "step_00000006 passed over" in said and "is damaged" in said
     assert "step_00000004 passed over" in said and "is missing" in said and "resumed from" in said
     assert second.returncode == 1 and f"another live run holds this directory (process {first.pid}" in second.stderr
-    longer = dsmim(*train, "schedule.duration.steps=7", "--fork")
+    longer = dsmim(*train, "schedule.duration.steps=7", "optim.weight_decay=0.3", "--fork")
     assert "forked: schedule.duration.steps: 6 → 7" in longer.stderr and "step 7/7" in longer.stderr
-    for path in (run_dir / "checkpoints").glob("step_*/manifest.json"):
-        path.unlink()
+    shard = next((run_dir / "checkpoints/step_00000007").glob("*optim_states.pt"))
+    groups = torch.load(shard, weights_only=False)["optimizer_state_dict"]["optimizer_state_dict"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}  # not what the checkpoint brought along
+    for path, text in zip((run_dir / "checkpoints").glob("step_*/manifest.json"), ("null", "{}", "["), strict=True):
+        path.write_text(text)
     none_left = dsmim(*train, "--fork", check=False)
     assert none_left.returncode == 1 and "no checkpoint is valid" in none_left.stderr
 
