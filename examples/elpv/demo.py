@@ -79,8 +79,11 @@ def launch(*words: object) -> None:
         where = ["--include", "localhost:" + ",".join(visible.split(",")[:RANKS])]
     else:
         where = ["--num_accelerators", RANKS]
-    command = [BIN / "deepspeed", *where, "--module", "dsmim", *words]
-    done = subprocess.run([str(word) for word in command], env=ENVIRONMENT)
+    run(BIN / "deepspeed", *where, "--module", "dsmim", *words)
+
+
+def run(*words: object) -> None:
+    done = subprocess.run([str(word) for word in words], env=ENVIRONMENT)
     if done.returncode:
         sys.exit(f"demo: {' '.join(map(str, words))} ended with status {done.returncode}")
 
@@ -90,9 +93,9 @@ def train(recipe: str, name: str, *overrides: str) -> None:
 
 
 def evaluate(name: str) -> dict:
-    """Figures of a run's last checkpoint on the test images."""
+    """Figures of a run's last checkpoint on the test images, by one process: the same at any world size."""
     out = RUNS / f"{name}.json"
-    launch("evaluate", RUNS / name, f"data.val={DATA}/test-*.tar", "--json", out)
+    run(BIN / "dsmim", "evaluate", RUNS / name, f"data.val={DATA}/test-*.tar", "--json", out)
     return json.loads(out.read_text())
 
 
