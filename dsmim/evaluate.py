@@ -31,7 +31,7 @@ def evaluate(path: Path, overrides: list[str]) -> dict[str, Any]:
         recipe = runtime.together(lambda: recipe_of(Path(found), overrides))
         task = runtime.together(lambda: build_task(recipe))
         data = runtime.together(lambda: required(open_validation(recipe, task), "data.val"))
-        runtime.on_first(lambda: str(load_into(task.model, checkpoint.read_weights(Path(found)), found)))
+        runtime.on_first(lambda: str(load_into(task.model, checkpoint.checkpoint_weights(Path(found)), found)))
         runtime.broadcast(task.model.to(runtime.device))
         figures = validate(_Autocast(task.model, recipe, runtime), task, data, recipe, runtime)
         return {"checkpoint": found, "data": recipe.data.val, **figures}

@@ -21,7 +21,7 @@ def export_timm(path: Path, out: Path) -> str:
     """
     found = checkpoint.locate(path)
     recipe = Recipe.model_validate(checkpoint.read_state(found)["recipe"])
-    state, dropped = encoder_of(checkpoint.read_weights(found))
+    state, dropped = encoder_of(checkpoint.checkpoint_weights(found))
     classes = recipe.task.num_classes if recipe.task.name == "classify" else 0
     entry, arguments = timm_arguments(
         recipe.model.name,

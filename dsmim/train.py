@@ -142,7 +142,7 @@ class _Training:
         run = self.run_dir
         if run.resume_from is not None:
             self.runtime.together(lambda: self._check_stage(run.state["zero_stage"]))
-            self.runtime.together(lambda: checkpoint.load(self.engine, run.resume_from))
+            self.runtime.together(lambda: self.engine.restore(run.resume_from))
             self.watch.restore(run.state["watch"])
             self.log.say(f"resumed from {run.resume_from}")
         return run.step

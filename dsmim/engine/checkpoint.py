@@ -63,12 +63,6 @@ def find_valid(folder: Path, runtime: Runtime) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def load(engine: Engine, checkpoint: Path) -> None:
-    """Weights and optimizer of a checkpoint of the same world size and ZeRO stage. Collective."""
-    if not engine.restore(checkpoint.parent, checkpoint.name):
-        raise ValueError(f"{checkpoint}: DeepSpeed found nothing to load")
-
-
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """state.json of a checkpoint. Raises ValueError when it is none."""
     try:
@@ -142,7 +136,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
         return load_file(path)
-    checkpoint = locate(path)
+    return checkpoint_weights(locate(path))
+
+
+def checkpoint_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """fp32 weights by name of a checkpoint that `locate` gave, whose digests it has compared."""
     if read_state(checkpoint)["zero_stage"] == 0:
         file = checkpoint / "mp_rank_00_model_states.pt"
         return {k: v.float() for k, v in torch.load(file, map_location="cpu", weights_only=True)["module"].items()}

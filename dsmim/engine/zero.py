@@ -85,21 +85,22 @@ class Engine:
         applied = self.deepspeed.was_step_applied()
         return StepResult(norm if applied else math.inf, self.rate.at(step), applied)
 
-    def restore(self, folder: Path, tag: str) -> bool:
-        """Load the shards of a checkpoint of the same world size and stage; False when DeepSpeed finds nothing.
+    def restore(self, checkpoint: Path) -> None:
+        """Load a checkpoint of the same world size and stage. Collective. Raises ValueError when it does not fit.
 
         DeepSpeed takes the groups' settings from the checkpoint too; the recipe's are put back, which matters when a
         forked run changed them.
         """
         settings = [{k: v for k, v in g.items() if k != "params"} for g in self.deepspeed.optimizer.param_groups]
         # Optimizer states always along: partial loads at stage 3 load other weights, or none (DeepSpeed #8499).
-        path, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag)
+        path, _ = self.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if path is None:
+            raise ValueError(f"{checkpoint}: DeepSpeed found nothing to load")
         if len(self.deepspeed.optimizer.param_groups) != len(settings):
-            raise ValueError(f"{folder / tag}: has other parameter groups; optim.layer_decay and no_decay must stay")
+            raise ValueError(f"{checkpoint}: has other parameter groups; optim.layer_decay and no_decay must stay")
         for group, own in zip(self.deepspeed.optimizer.param_groups, settings, strict=True):
             group.update(own)
         self._check_groups()
-        return path is not None
 
     def close(self) -> None:
         self.deepspeed.destroy()

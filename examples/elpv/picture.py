@@ -29,7 +29,7 @@ def draw(run_dir: Path, out: Path) -> None:
     """
     found = checkpoint.locate(run_dir)
     task = build_task(recipe := recipe_of(found, []))
-    load_into(task.model, checkpoint.read_weights(found), str(found))
+    load_into(task.model, checkpoint.checkpoint_weights(found), str(found))
     data = open_validation(recipe, task)
     batch = collate([data[(number, 1.0)] for number in range(IMAGES)])
     images, hidden = batch["image"], task.model.hidden_pixels(batch["mask"])  # (8, 3, S, S) uint8, (8, 1, S, S)
