@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 from dsmim import __version__
+from dsmim.cli_shards import add_shards
+from dsmim.cli_words import command as _command
+from dsmim.cli_words import count as _count
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     # The deepspeed launcher passes it; the rank comes from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_shards(commands)
+    add_shards(commands)
     _add_samples(commands)
     _add_train(commands)
     _add_evaluate(commands)
@@ -64,39 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands, name: str, help: str, run) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-    command.set_defaults(run=run)
-    return command
-
-
 def _add_overrides(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "overrides", nargs="*", metavar="key=value", help="recipe keys to change, such as batch.global_batch=64"
     )
-
-
-def _add_shards(commands) -> None:
-    shards = commands.add_parser("shards", help="Build, index and verify WebDataset shards", allow_abbrev=False)
-    commands = shards.add_subparsers(required=True, metavar="COMMAND")
-    build = _command(commands, "build", "Write shards from an image folder or a CSV/TSV of path,label", _shards_build)
-    build.add_argument("source", type=Path, help="a folder of images, of class folders, or a table")
-    build.add_argument("out", type=Path, help="folder for the shards")
-    build.add_argument("--root", type=Path, help="folder that a table's paths are relative to (default: its own)")
-    build.add_argument("--name", default="data", help="shards are named NAME-000000.tar (default: data)")
-    build.add_argument("--split", type=_split, default={}, metavar="train=0.9,val=0.1", help="shares, one name each")
-    build.add_argument("--per-shard", type=_count, default=1000, help="images per shard (default: 1000)")
-    build.add_argument("--short-side", type=_count, help="shrink larger images to this short side, in pixels")
-    build.add_argument("--seed", type=int, default=0, help="of the shuffle before writing (default: 0)")
-    index = _command(commands, "index", "Index anyone's WebDataset tars, so that they can be trained on", _shards_index)
-    index.add_argument("--force", action="store_true", help="index again what has a valid index")
-    verify = _command(commands, "verify", "Compare shards with their indexes; tell what is wrong where", _shards_verify)
-    verify.add_argument("--decode", action="store_true", help="decode every image too")
-    for command in (index, verify):
-        command.add_argument("shards", nargs="+", help="tars, folders, globs or brace patterns")
-        command.add_argument("--index-dir", help="where indexes lie when the shards' folder is read-only")
-    for command in (build, index, verify):
-        command.add_argument("--workers", type=_count, default=len(os.sched_getaffinity(0)), help="processes")
 
 
 def _add_samples(commands) -> None:
@@ -137,32 +111,6 @@ def _add_recipes(commands) -> None:
     recipes = _command(commands, "recipes", "List the shipped recipes, or print one with every default", _recipes)
     recipes.add_argument("recipe", nargs="?", help="a recipe's name or file")
     _add_overrides(recipes)
-
-
-def _shards_build(options) -> None:
-    from dsmim.data.shard_writer import build, read_sources, split_sources
-
-    sources, classes = read_sources(options.source, options.root)
-    parts = split_sources(sources, options.split or {options.name: 1.0}, options.seed)
-    shards = build(parts, options.out, classes, options.per_shard, options.workers, options.short_side)
-    print(f"{sum(len(part) for part in parts.values())} images in {len(shards)} shards under {options.out}")
-
-
-def _shards_index(options) -> None:
-    from dsmim.data.shards import index_all
-
-    indexes = index_all(options.shards, options.index_dir, options.workers, options.force)
-    print(f"{len(indexes)} shards, {sum(index.samples for index in indexes)} samples")
-
-
-def _shards_verify(options) -> int:
-    from dsmim.data.shards import verify_all
-
-    problems = verify_all(options.shards, options.index_dir, options.workers, options.decode)
-    for problem in problems:
-        print(problem)
-    print(f"{len(problems)} problems" if problems else "all shards are as indexed")
-    return 1 if problems else 0
 
 
 def _samples(options) -> None:
@@ -210,28 +158,8 @@ def _recipes(options) -> None:
         print(f"{name:32} {path.read_text().splitlines()[0].lstrip('# ')}")
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
 def _steps(text: str) -> range:
     begin, colon, end = text.partition(":")
     if not (colon and begin.isdigit() and end.isdigit() and int(begin) < int(end)):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form A:B with A < B")
     return range(int(begin), int(end))
-
-
-def _split(text: str) -> dict[str, float]:
-    try:
-        pairs = [part.split("=") for part in text.split(",")]
-        shares = {name: float(share) for name, share in pairs}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form train=0.9,val=0.1") from None
-    if len(shares) < len(pairs):
-        raise argparse.ArgumentTypeError(f"{text!r} gives a name twice")
-    if not all(0 < share <= 1 for share in shares.values()):
-        raise argparse.ArgumentTypeError(f"{text!r}: every share must lie between 0 and 1")
-    return shares

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from dsmim.data.dataset import EvalDataset
+from dsmim.data.from_recipe import open_reader, validation_shards
 from dsmim.data.loader import eval_loader
-from dsmim.data.shards import open_shards
 from dsmim.engine import checkpoint
 from dsmim.engine.runtime import Runtime, joined
 from dsmim.engine.zero import resolve_precision
@@ -30,7 +30,8 @@ def evaluate(path: Path, overrides: list[str]) -> dict[str, Any]:
         found = runtime.on_first(lambda: str(checkpoint.locate(path)))
         recipe = runtime.together(lambda: recipe_of(Path(found), overrides))
         task = runtime.together(lambda: build_task(recipe))
-        data = runtime.together(lambda: required(open_validation(recipe, task), "data.val"))
+        runtime.together(lambda: required(recipe.data.val, "data.val"))
+        data = open_validation(recipe, task, runtime)
         runtime.on_first(lambda: str(load_into(task.model, checkpoint.checkpoint_weights(Path(found)), found)))
         runtime.broadcast(task.model.to(runtime.device))
         figures = validate(_Autocast(task.model, recipe, runtime), task, data, recipe, runtime)
@@ -42,12 +43,13 @@ def recipe_of(path: Path, overrides: list[str]) -> Recipe:
     return apply_overrides(checkpoint.read_state(path)["recipe"], str(path), overrides)
 
 
-def open_validation(recipe: Recipe, task: Task) -> EvalDataset | None:
-    """The recipe's validation samples; None when it names none."""
+def open_validation(recipe: Recipe, task: Task, runtime: Runtime) -> EvalDataset | None:
+    """The recipe's validation samples; None when it names none. Collective: rank 0 opens the indexes for all."""
     if recipe.data.val is None:
         return None
-    shards = open_shards(recipe.data.val, recipe.data.index_dir, "data.val")
-    return EvalDataset(shards, task.eval_sample, task.classes)
+    shards = runtime.on_first(lambda: validation_shards(recipe.data))
+    reader = runtime.together(lambda: open_reader(recipe.data, shards, window=1))
+    return EvalDataset(reader, task.eval_sample, task.classes)
 
 
 @torch.no_grad()

@@ -126,11 +126,19 @@ class Augment(Section):
 
 class Data(Section):
     train: str | list[str] | None = None
-    """Training shards: paths, globs, or brace patterns such as train-{000000..000146}.tar."""
+    """Training shards: paths, globs, or brace patterns such as train-{000000..000146}.tar; http(s):// and s3:// too."""
     val: str | list[str] | None = None
     """Validation shards; null trains without validation."""
     index_dir: str | None = None
-    """Where the sidecar indexes lie when the shards' own folder is read-only; null: beside each tar."""
+    """Where the sidecar indexes lie when the shards' own folder is read-only or remote; null: beside each tar."""
+    subset: str | None = None
+    """A list of keys, made by `dsmim shards subset`: only these samples of data.train are trained on."""
+    cache_dir: str | None = None
+    """Folder on the node where remote shards are kept, shared by its ranks and by other runs."""
+    cache_gb: Positive = 100
+    """Size of that folder in 10^9 bytes; the least recently used shards make room."""
+    allow_pipe: bool = False
+    """Run the commands of pipe: shards, as webdataset does. They can do whatever you can."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Decoding processes per rank; changes speed only, never the data."""
     shuffle_window: Count = 16

@@ -16,7 +16,8 @@ from dsmim.recipe_errors import RecipeError, explain
 # Keys that may differ at a resume: they change how fast or how observably a run goes, not what it learns. data.train
 # may name other paths because the fingerprint of what lies there may not differ.
 FREE_KEYS = (
-    "data.train", "data.val", "data.index_dir", "data.workers", "data.max_undecodable",
+    "data.train", "data.val", "data.index_dir", "data.subset", "data.workers", "data.cache_dir",
+    "data.cache_gb", "data.allow_pipe", "data.max_undecodable",
     "batch.micro_batch", "batch.eval_batch", "engine.max_skipped", "engine.timeout_minutes",
     "validation", "checkpoint", "log",
 )  # fmt: skip

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from dsmim.data.dataset import EvalDataset, TarDataset
+from dsmim.data.from_recipe import open_reader, training_shards
 from dsmim.data.index import fingerprint
 from dsmim.data.loader import train_loader
 from dsmim.data.order import accumulation_steps, stream_key, training_order
-from dsmim.data.shards import open_shards
 from dsmim.engine import checkpoint
 from dsmim.engine.run_directory import RunDirectory, open_run
 from dsmim.engine.runtime import Runtime, joined
@@ -26,7 +26,7 @@ from dsmim.engine.zero import Engine, StepResult
 from dsmim.evaluate import open_validation, to_device, validate
 from dsmim.log import Clock, Log
 from dsmim.models.weights import load_into
-from dsmim.recipe import Duration, Recipe, required
+from dsmim.recipe import Duration, Recipe
 from dsmim.tasks import Task, build_task
 
 
@@ -39,10 +39,13 @@ def fit(recipe: Recipe, run_dir: Path, fork: bool = False) -> None:
         _Training(recipe, run_dir, fork, runtime).run()
 
 
-def training_data(recipe: Recipe, task: Task) -> TarDataset:
-    """The recipe's training samples in their order. Raises ValueError when shards or indexes are missing."""
-    shards = open_shards(required(recipe.data.train, "data.train"), recipe.data.index_dir, "data.train")
-    return TarDataset(shards, training_order(recipe, shards), task.train_sample, task.classes)
+def training_data(recipe: Recipe, task: Task, runtime: Runtime) -> TarDataset:
+    """The recipe's training samples in their order. Collective: rank 0 opens the indexes for all, because a metadata
+    server would not bear every rank's doing so. Raises ValueError when shards or indexes are missing."""
+    shards = runtime.on_first(lambda: training_shards(recipe.data))
+    reader = runtime.together(lambda: open_reader(recipe.data, shards, recipe.data.shuffle_window))
+    order = runtime.together(lambda: training_order(recipe, shards))
+    return TarDataset(reader, order, task.train_sample, task.classes)
 
 
 @dataclass
@@ -63,8 +66,8 @@ class _Training:
         self.recipe, self.runtime = recipe, runtime
         torch.manual_seed(recipe.seed)
         self.task = runtime.together(lambda: build_task(recipe))
-        self.data = runtime.together(lambda: training_data(recipe, self.task))
-        self.validation: EvalDataset | None = runtime.together(lambda: open_validation(recipe, self.task))
+        self.data = training_data(recipe, self.task, runtime)
+        self.validation: EvalDataset | None = open_validation(recipe, self.task, runtime)
         batch, epoch = recipe.batch, self.data.order.epoch_samples
         self.accumulation: int = runtime.together(
             lambda: accumulation_steps(batch.global_batch, batch.micro_batch, runtime.world_size)

@@ -1,189 +1,228 @@
-"""The tar index: where each sample of a WebDataset shard begins and how long it is.
+"""The tar index: where each sample of a WebDataset shard begins, how long it is, its key and its class number.
 
-A sidecar file `SHARD.tar.dsmi` holds one page of JSON (what the shard was when it was indexed), then two
-little-endian uint64 per sample: the offset of its first tar header, and the bytes up to the end of its last member.
-The file is memory-mapped: 16 bytes a sample on disk, shared between processes. Keys are not stored; they stand in
-the tar headers that a read fetches anyway.
+A sidecar file `SHARD.tar.dsmi` holds 512 bytes of JSON (what the shard was when it was indexed), then per sample two
+little-endian uint32, offset and length in tar blocks of 512 bytes, then the keys and the labels, compressed. Starting
+a run reads the 512 bytes; the rest is mapped when the order of samples comes to the shard. That makes 8 bytes a sample
+and, for ImageNet's names, about 9 more for key and label.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import re
-import tarfile
+import shlex
+import zlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 
+from dsmim.data.remote import is_remote
+from dsmim.data.tar import BLOCK, Sample, scan
+
 SUFFIX = ".dsmi"
-VERSION = 1
-PAGE = 4096  # bytes of JSON before the records
-BLOCK = tarfile.BLOCKSIZE
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-# WebDataset's rule: the key ends at the first dot of the file's name, folders belong to the key.
-_MEMBER = re.compile(r"^((?:.*/|)[^./][^.]*)\.([^/]*)$")
+VERSION = 2
+PAGE = 512  # bytes of JSON before the records
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which of a shard's samples are in use: a stretch of the row numbers in a subset's file (subset.py)."""
+
+    file: str
+    begin: int
+    end: int
+    digest: str
+    """Of the whole subset."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The samples of one shard, in the order of the tar (of a subset: those that are in use)."""
+
+    blocks: np.ndarray
+    """(samples, 2) uint32: offset and length in blocks of 512 bytes."""
+    keys: list[str]
+    labels: np.ndarray
+    """(samples,) int32: class numbers; NO_LABEL where there is none."""
+
+    def place(self, row: int) -> tuple[int, int]:
+        """Offset and length of a sample in bytes."""
+        offset, length = self.blocks[row].tolist()
+        return offset * BLOCK, length * BLOCK
+
+    def take(self, rows: np.ndarray) -> Table:
+        return Table(self.blocks[rows], [self.keys[row] for row in rows], self.labels[rows])
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The index of one shard."""
+    """What is known of one shard without opening it."""
 
-    tar: Path
-    file: Path
+    tar: str
+    """Path or URL."""
+    file: str
+    """Path of the sidecar."""
     samples: int
+    """Samples in use."""
     tar_bytes: int
     sha256: str
     """Digest of the whole tar."""
+    stored: int
+    """Samples that the sidecar describes: more than `samples` when a subset is in use."""
+    key_bytes: int
+    """Compressed size of the keys."""
+    rows: Rows | None = None
 
-    @cached_property
-    def records(self) -> np.ndarray:
-        """(samples, 2) uint64: offset and length in bytes."""
-        if not self.samples:
-            return np.zeros((0, 2), "<u8")
-        return np.memmap(self.file, "<u8", mode="r", offset=PAGE, shape=(self.samples, 2))
+    def table(self) -> Table:
+        """Read the sidecar's records. Raises ValueError when it has changed since it was opened."""
+        blocks_end = PAGE + 8 * self.stored
+        try:
+            blocks = np.memmap(self.file, "<u4", mode="r", offset=PAGE, shape=(self.stored, 2))
+            with open(self.file, "rb") as file:  # noqa: PTH123 - a str: a run may hold a million of them
+                file.seek(blocks_end)
+                keys = zlib.decompress(file.read(self.key_bytes)).decode("utf-8", "surrogateescape").split("\0")
+                labels = np.frombuffer(zlib.decompress(file.read()), "<i4")
+        except (OSError, ValueError, zlib.error) as error:
+            raise ValueError(f"{self.file}: changed since it was opened ({error}); start again") from None
+        table = Table(blocks, keys, labels)
+        return table if self.rows is None else table.take(read_rows(self.rows))
 
-    def __getstate__(self) -> dict:
-        """Without the mapping: a worker process maps the file itself."""
-        return {key: value for key, value in self.__dict__.items() if key != "records"}
+
+def read_rows(rows: Rows) -> np.ndarray:
+    """(end - begin,) row numbers."""
+    from safetensors import safe_open
+
+    with safe_open(rows.file, "np") as file:
+        return file.get_slice("rows")[rows.begin : rows.end]
 
 
-def index_file(tar: Path, index_dir: str | Path | None = None) -> Path:
+def index_file(tar: str, index_dir: str | Path | None = None) -> str:
     """Where the sidecar of a tar lies: beside it; or in index_dir, where its name tells the tar's folder apart, since
-    train/000.tar and val/000.tar may share one index_dir."""
+    train/000.tar and val/000.tar may share one index_dir. A remote tar's lies in index_dir only.
+
+    Raises ValueError for a remote tar without index_dir.
+    """
     if not index_dir:
-        return tar.parent / (tar.name + SUFFIX)
-    folder = hashlib.sha256(str(tar.parent.resolve()).encode()).hexdigest()[:8]
-    return Path(index_dir) / f"{tar.name}.{folder}{SUFFIX}"
+        if is_remote(tar):
+            raise ValueError(
+                f"{tar}: the indexes of remote shards lie in a local folder: data.index_dir=DIR in a recipe, "
+                f"--index-dir DIR for the shards commands; dsmim shards index {shlex.quote(tar)} --index-dir DIR fills it"
+            )
+        return tar + SUFFIX
+    folder, name = _folder_and_name(tar)
+    return os.path.join(index_dir, f"{name}.{_folder_mark(folder)}{SUFFIX}")  # noqa: PTH118 - as above
 
 
-def split_member(name: str) -> tuple[str, str] | None:
-    """('folder/000', 'jpg') of 'folder/000.jpg'; None for names that make no sample (no extension, hidden files)."""
-    match = _MEMBER.match(name.removeprefix("./"))
-    return (match[1], match[2].lower()) if match else None
-
-
-def is_image(extension: str) -> bool:
-    return extension in IMAGE_EXTENSIONS
-
-
-def write_index(tar: Path, index_dir: str | Path | None = None) -> ShardIndex:
-    """Index one shard and write the sidecar atomically.
+def write_index(tar: str | Path, index_dir: str | Path | None = None) -> ShardIndex:
+    """Index one local shard and write the sidecar atomically.
 
     Raises ValueError naming the shard when it is no whole tar, a key stands twice, or it holds no image.
     """
-    before = tar.stat()
-    records = _scan(tar)
-    with tar.open("rb") as file:
+    return write_sidecar(str(tar), index_file(str(tar), index_dir), *describe(Path(tar), str(tar)))
+
+
+def describe(path: Path, name: str) -> tuple[list[Sample], int, str]:
+    """Samples, size and SHA-256 of the tar at `path`. Raises ValueError, calling it `name`, when it is damaged or
+    changes meanwhile."""
+    before = path.stat()
+    samples = scan(path, name)
+    with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if (tar.stat().st_size, tar.stat().st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-        raise ValueError(f"{tar}: changed while it was being indexed; index it again when its writer has finished")
-    path = index_file(tar, index_dir)
-    index = ShardIndex(tar, path, len(records), before.st_size, digest)
-    about = {"dsmim_index": VERSION, "samples": len(records), "tar_bytes": before.st_size, "sha256": digest}
+    if (path.stat().st_size, path.stat().st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        raise ValueError(f"{name}: changed while it was being indexed; index it again when its writer has finished")
+    return samples, before.st_size, digest
+
+
+def write_sidecar(tar: str, path: str, samples: list[Sample], tar_bytes: int, sha256: str) -> ShardIndex:
+    """The sidecar `path` of a tar, written atomically."""
+    if tar_bytes >= BLOCK * 2**32:
+        raise ValueError(f"{tar}: {tar_bytes} bytes; an index reaches 2 TiB: build smaller shards")
+    blocks = np.array([(s.offset // BLOCK, s.length // BLOCK) for s in samples], "<u4")
+    keys = zlib.compress("\0".join(s.key for s in samples).encode("utf-8", "surrogateescape"), 9)
+    labels = zlib.compress(np.array([s.label for s in samples], "<i4").tobytes(), 9)
+    about = {"dsmim_index": VERSION, "samples": len(samples), "tar_bytes": tar_bytes, "sha256": sha256}
+    about |= {"key_bytes": len(keys), "label_bytes": len(labels)}
+    write_atomically(Path(path), json.dumps(about).encode().ljust(PAGE) + blocks.tobytes() + keys + labels)
+    return ShardIndex(tar, path, len(samples), tar_bytes, sha256, len(samples), len(keys))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The whole file under its name, or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(json.dumps(about).encode().ljust(PAGE))
-        file.write(np.asarray(records, "<u8").tobytes())
-    temporary.replace(path)
-    return index
-
-
-def read_index(tar: Path, index_dir: str | Path | None = None) -> ShardIndex:
-    """The index of a shard. Raises ValueError when it is missing, broken, or older than the tar."""
-    path = index_file(tar, index_dir)
-    mend = f"run: dsmim shards index {tar}" + (f" --index-dir {index_dir}" if index_dir else "")
-    if not path.is_file():
-        raise ValueError(f"{tar}: has no index ({path.name}); {mend}")
-    with path.open("rb") as file:
-        page = file.read(PAGE)
     try:
-        header = json.loads(page)
-        version, samples = header["dsmim_index"], header["samples"]
-        index = ShardIndex(tar, path, samples, header["tar_bytes"], header["sha256"])
-    except (ValueError, KeyError):
-        raise ValueError(f"{path}: is no dsmim index; {mend}") from None
-    if version != VERSION or path.stat().st_size != PAGE + 16 * samples:
-        raise ValueError(f"{path}: was cut short or written by another version of dsmim; {mend}")
-    tar_stat = tar.stat()
-    if tar_stat.st_size < index.tar_bytes:
-        raise ValueError(
-            f"{tar}: has {tar_stat.st_size} bytes of the {index.tar_bytes} that were indexed: truncated; copy or build "
-            f"it again, or if it was replaced on purpose, {mend}"
-        )
-    if tar_stat.st_size != index.tar_bytes or tar_stat.st_mtime_ns > path.stat().st_mtime_ns:
-        raise ValueError(f"{path}: index is older than its tar, which has changed since; {mend}")
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_index(tar: str | Path, index_dir: str | Path | None = None) -> ShardIndex:
+    """The index of a shard. Raises ValueError when it is missing, broken, or older than the tar.
+
+    Two stats and one short read a shard, because a run starts by doing this for all of them.
+    """
+    tar = str(tar)
+    path = index_file(tar, index_dir)
+    mend = f"run: dsmim shards index {shlex.quote(tar)}" + (f" --index-dir {index_dir}" if index_dir else "")
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 - Path objects would take half the time
+            page, sidecar = file.read(PAGE), os.fstat(file.fileno())
+    except FileNotFoundError:
+        raise ValueError(f"{tar}: has no index ({path}); {mend}") from None
+    index = _parse_page(page, sidecar.st_size, tar, path, mend)
+    if not is_remote(tar):
+        _check_tar(index, os.stat(tar), sidecar, mend)  # noqa: PTH116 - as above
     return index
 
 
 def fingerprint(indexes: list[ShardIndex]) -> str:
-    """One digest of the whole data set: shards in order, their contents and sample counts."""
-    lines = [f"{index.tar.name} {index.samples} {index.sha256}" for index in indexes]
+    """One digest of the whole data set: shards in order, their contents and which samples are in use."""
+    lines = [f"{os.path.basename(index.tar)} {index.samples} {index.sha256}" for index in indexes]  # noqa: PTH119
+    lines += [indexes[0].rows.digest] if indexes[0].rows else []
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def parse_sample(data: bytes) -> tuple[str, dict[str, bytes]]:
-    """Key and members (extension → bytes) of the stretch of a tar that one record of the index names."""
-    members: dict[str, bytes] = {}
-    key = ""
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-        for member in archive:
-            if member.isfile() and (name := split_member(member.name)):
-                key = name[0]
-                members[name[1]] = archive.extractfile(member).read()
-    return key, members
-
-
-def _scan(tar: Path) -> list[tuple[int, int]]:
-    """(offset, length) of every sample that holds an image."""
-    samples: list[tuple[int, int]] = []
-    seen: set[str] = set()
-    current, start, end, has_image = None, 0, 0, False
-    for name, offset, stop in _members(tar):
-        key, extension = name
-        if key != current:
-            if has_image:
-                samples.append((start, end - start))
-            if key in seen:
-                raise ValueError(f"{tar}: key {key!r} stands twice; every key must be one run of neighbouring files")
-            seen.add(key)
-            current, start, has_image = key, offset, False
-        end, has_image = stop, has_image or is_image(extension)
-    if has_image:
-        samples.append((start, end - start))
-    if not samples:
-        raise ValueError(f"{tar}: holds no image (looked for {', '.join(IMAGE_EXTENSIONS)})")
-    return samples
-
-
-def _members(tar: Path):
-    """((key, extension), offset of the first header, end of the data) of every file, in order."""
-    size = tar.stat().st_size
+def _parse_page(page: bytes, size: int, tar: str, path: str, mend: str) -> ShardIndex:
     try:
-        with tarfile.open(tar, mode="r:") as archive:
-            for member in archive:
-                stop = member.offset_data + -(-member.size // BLOCK) * BLOCK if member.isfile() else member.offset_data
-                if stop > size:
-                    raise ValueError(f"{tar}: cut short inside {member.name!r} at byte {size}; copy or build it again")
-                if member.isfile() and (name := split_member(member.name)):
-                    yield name, member.offset, stop
-                archive.members.clear()  # tarfile would keep every header of the shard in memory
-            _check_end(tar, archive.offset, size)
-    except tarfile.TarError as error:
-        raise ValueError(f"{tar}: no readable tar ({error}); copy or build it again") from None
+        about = json.loads(page)
+        version, samples = about["dsmim_index"], about["samples"]
+    except (ValueError, KeyError):
+        raise ValueError(f"{path}: is no dsmim index; {mend}") from None
+    if version != VERSION or size != PAGE + 8 * samples + about["key_bytes"] + about["label_bytes"]:
+        raise ValueError(f"{path}: was cut short or written by another version of dsmim; {mend}")
+    return ShardIndex(tar, path, samples, about["tar_bytes"], about["sha256"], samples, about["key_bytes"])
 
 
-def _check_end(tar: Path, offset: int, size: int) -> None:
-    """tarfile takes a bad header, and the end of the file, for the end of the archive: tell them apart."""
-    with tar.open("rb") as file:
-        file.seek(offset)
-        block = file.read(BLOCK)
-    if len(block) < BLOCK:
-        raise ValueError(f"{tar}: cut short at byte {size}, before the end-of-archive mark; copy or build it again")
-    if block.count(0) != BLOCK:
-        raise ValueError(f"{tar}: bad tar header at byte {offset}; copy or build it again")
+def _check_tar(index: ShardIndex, tar: os.stat_result, sidecar: os.stat_result, mend: str) -> None:
+    if tar.st_size < index.tar_bytes:
+        raise ValueError(
+            f"{index.tar}: has {tar.st_size} bytes of the {index.tar_bytes} that were indexed: truncated; copy or "
+            f"build it again, or if it was replaced on purpose, {mend}"
+        )
+    if tar.st_size != index.tar_bytes or tar.st_mtime_ns > sidecar.st_mtime_ns:
+        raise ValueError(f"{index.file}: index is older than its tar, which has changed since; {mend}")
+
+
+def _folder_and_name(tar: str) -> tuple[str, str]:
+    if tar.startswith("pipe:"):
+        return tar, "pipe"
+    if is_remote(tar):
+        folder, _, name = urlsplit(tar)._replace(query="", fragment="").geturl().rpartition("/")
+        return folder, name  # without the query: a signed URL changes with every signature
+    folder, name = os.path.split(tar)
+    return _resolved(folder), name
+
+
+@lru_cache(maxsize=256)
+def _resolved(folder: str) -> str:
+    return str(Path(folder).resolve())
+
+
+@lru_cache(maxsize=256)
+def _folder_mark(folder: str) -> str:
+    return hashlib.sha256(folder.encode()).hexdigest()[:8]

@@ -34,15 +34,15 @@ class _EvalBatches(Sampler):
     equally many batches, as ZeRO-3's collectives need: where one lacks, it repeats the first with weight 0."""
 
     def __init__(self, samples: int, size: int, world_size: int, rank: int):
-        batches = [range(i, min(i + size, samples)) for i in range(0, samples, size)]
-        rounds = -(-len(batches) // world_size)
-        self.mine = [
-            [(sample, 1.0) for sample in batches[number]] if number < len(batches) else [(s, 0.0) for s in batches[0]]
-            for number in range(rank, rounds * world_size, world_size)
-        ]
+        self.samples, self.size = samples, size
+        self.batches = -(-samples // size)
+        rounds = -(-self.batches // world_size)
+        self.mine = range(rank, rounds * world_size, world_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, float]]]:
-        return iter(self.mine)
+        for number in self.mine:
+            begin, weight = (number * self.size, 1.0) if number < self.batches else (0, 0.0)
+            yield [(sample, weight) for sample in range(begin, min(begin + self.size, self.samples))]
 
     def __len__(self) -> int:
         return len(self.mine)

@@ -33,6 +33,8 @@ class Draw:
     """Sample within the data set, counted in the order of the shards."""
     repeat: int
     """Which showing of the sample within the epoch (repeated augmentation)."""
+    window: int
+    """Window of the epoch."""
 
 
 def stream_key(*parts: int | str) -> int:
@@ -76,13 +78,22 @@ class Order:
         number = int(np.searchsorted(begins, place, side="right")) - 1
         shards, rows = self._mixed(epoch, number)
         shard, row = int(shards[place - begins[number]]), int(rows[place - begins[number]])
-        return Draw(epoch, shard, row, int(self.starts[shard]) + row, repeat)
+        return Draw(epoch, shard, row, int(self.starts[shard]) + row, repeat, number)
 
     def draw_at(self, sample: int, like: Draw) -> Draw:
         """The draw of another sample (counted over the data set, wrapping around) at the place of `like`."""
         sample %= self.samples
         shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
-        return Draw(like.epoch, shard, sample - int(self.starts[shard]), sample, like.repeat)
+        return Draw(like.epoch, shard, sample - int(self.starts[shard]), sample, like.repeat, like.window)
+
+    def upcoming(self, position: int) -> list[int]:
+        """The shards of the window at a position, then those of the next, which may be the next epoch's first."""
+        draw = self[position]
+        shards, begins = self._epoch(draw.epoch)
+        if draw.window + 1 < len(begins):
+            return shards[draw.window * self.window : (draw.window + 2) * self.window].tolist()
+        following = self._epoch(draw.epoch + 1)[0][: self.window]
+        return [*shards[draw.window * self.window :].tolist(), *following.tolist()]
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's sequence of shards, and the place at which each window begins."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any
@@ -21,6 +22,8 @@ def parallel(work: Callable, items: Iterable, workers: int, verb: str) -> list:
                 results.append(call())
             except ValueError as error:
                 problems.append(str(error))
+            except BrokenProcessPool:
+                raise ValueError(f"{verb}: a worker process was killed (by a lack of memory?); run it again") from None
     if problems:
         raise ValueError("\n".join(problems))
     return results

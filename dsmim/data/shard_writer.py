@@ -1,184 +1,182 @@
-"""`dsmim shards build`: an image folder or a table of path,label becomes WebDataset tars with their indexes."""
+"""`dsmim shards build`: images become WebDataset tars with their indexes.
+
+Killed at any moment it leaves whole shards, or nothing, under the final names; the same command again writes what is
+missing. What it is about stands in `OUT/NAME.build.json`.
+"""
 
 from __future__ import annotations
 
-import csv
+import fcntl
+import hashlib
 import io
 import json
 import os
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import webdataset
 from PIL import Image
 
-from dsmim.data.index import ShardIndex, is_image, write_index
-from dsmim.data.order import permutation
+from dsmim.data.index import ShardIndex, read_index, write_atomically, write_index
 from dsmim.data.parallel import parallel
 from dsmim.data.pixels import open_rgb
+from dsmim.data.sources import Source
+from dsmim.data.tar import is_image
 
 
 @dataclass(frozen=True)
-class Source:
-    """One image on disk."""
+class Writing:
+    """How images are written."""
 
+    per_shard: int = 1000
+    short_side: int | None = None
+    """Pixels to which larger images are shrunk (bicubic, antialiased), stored as PNG if they were PNG, else as JPEG;
+    None keeps the original bytes."""
+    quality: int = 95
+    """Of those JPEGs: Pillow's scale, 1 to 100."""
+    skip_undecodable: bool = False
+    """Leave images out that cannot be decoded; otherwise, when shrinking, the first is an error."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build came to."""
+
+    shards: list[ShardIndex]
+    left_out: list[str]
+    """One line per undecodable image left out of the shards written now."""
+    written: int
+    """Shards written now; the others were there already."""
+
+
+@dataclass(frozen=True)
+class _Job:
     path: Path
-    key: str
-    label: int | None = None
-
-
-def read_sources(source: Path, root: Path | None = None) -> tuple[list[Source], list[str]]:
-    """The images of a folder or of a CSV/TSV table, and the class names when labels are words.
-
-    A folder of folders is labelled by its first level, classes sorted by name; a flat folder has no labels. A table
-    has the columns path and, if labelled, label: a number, or a name. Paths are relative to `root`, by default the
-    table's own folder. Raises ValueError naming what is wrong.
-    """
-    sources, classes = _from_folder(source) if source.is_dir() else _from_table(source, root or source.parent)
-    if not sources:
-        raise ValueError(f"{source}: no images found")
-    keys: dict[str, Path] = {}
-    for item in sources:
-        if item.key in keys:
-            raise ValueError(f"{item.path} and {keys[item.key]} would share the key {item.key!r}; rename one")
-        keys[item.key] = item.path
-    return sources, classes
-
-
-def split_sources(sources: list[Source], splits: dict[str, float], seed: int) -> dict[str, list[Source]]:
-    """Shuffle, then cut into the named shares: floor(n × share) each, the last takes the rest of its share.
-
-    Without splits there is one part, "data". Raises ValueError when the shares add up to more than 1.
-    """
-    if sum(splits.values()) > 1 + 1e-9:
-        raise ValueError(f"--split: the shares add up to {sum(splits.values()):g}, more than 1")
-    mixed = [sources[i] for i in permutation(len(sources), seed, "build")]
-    parts, begin, reached = {}, 0, 0.0
-    for name, share in (splits or {"data": 1.0}).items():
-        reached += share
-        end = int(len(mixed) * reached + 1e-9)
-        if begin == end:
-            raise ValueError(f"--split: {name}={share:g} of {len(mixed)} images is none")
-        parts[name], begin = mixed[begin:end], end
-    return parts
+    sources: list[Source]
+    writing: Writing
 
 
 def build(
-    parts: dict[str, list[Source]],
-    out: Path,
-    classes: list[str],
-    per_shard: int = 1000,
-    workers: int = 1,
-    short_side: int | None = None,
-) -> list[ShardIndex]:
+    parts: dict[str, list[Source]], out: Path, classes: list[str], writing: Writing = Writing(), workers: int = 1
+) -> Built:
     """Write `out/NAME-000000.tar …` and their indexes for every part; each appears under its name when whole.
 
-    short_side: shrink larger images to this many pixels, stored as PNG if they were PNG, else JPEG of quality 95;
-    None keeps the original bytes. Raises ValueError when a shard of that name is there already.
+    Shards that an earlier run of the very same build has finished are kept. Raises ValueError when there are shards of
+    another one under that name.
     """
     out.mkdir(parents=True, exist_ok=True)
-    jobs = []
-    for name, sources in parts.items():
-        if there := sorted(out.glob(f"{name}-*.tar")):
-            raise ValueError(f"{there[0]}: is there already; remove it or build into another folder")
-        chunks = [sources[i : i + per_shard] for i in range(0, len(sources), per_shard)]
-        jobs += [(out / f"{name}-{number:06d}.tar", chunk) for number, chunk in enumerate(chunks)]
-    if classes:
-        (out / "classes.json").write_text(json.dumps(classes, indent=0) + "\n")
-    return parallel(partial(_write_shard, short_side=short_side), jobs, workers, "build")
+    with _locked(out):
+        jobs = [job for name, sources in parts.items() for job in _plan(out, name, sources, writing)]
+        if classes:
+            write_atomically(out / "classes.json", (json.dumps(classes, indent=0) + "\n").encode())
+        left = [job for job in jobs if not _is_whole(job.path)]
+        left_out = parallel(_write_shard, left, workers, "build")
+    return Built([read_index(job.path) for job in jobs], [line for lines in left_out for line in lines], len(left))
 
 
-def _write_shard(job: tuple[Path, list[Source]], short_side: int | None) -> ShardIndex:
-    path, sources = job
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    with (out / ".build.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{out}: another dsmim shards build is writing there") from None
+        yield
+
+
+def _plan(out: Path, name: str, sources: list[Source], writing: Writing) -> list[_Job]:
+    """The shards of one part, after checking that what is there already belongs to the same build."""
+    plan = asdict(writing) | {"images": len(sources), "sources": _digest(sources)}
+    file = out / f"{name}.build.json"
+    before = json.loads(file.read_text()) if file.exists() else None
+    if before != plan and (there := sorted(out.glob(f"{name}-*.tar"))):
+        differ = [key for key in plan if before and before.get(key) != plan[key]]
+        why = f"by a build that differs in {', '.join(differ)}" if before else "and not by dsmim shards build"
+        raise ValueError(f"{there[0]}: is there already, {why}; remove it or build into another folder")
+    write_atomically(file, (json.dumps(plan, indent=1) + "\n").encode())
+    for stale in out.glob(f".{name}-*.tar.*"):  # of a build that was killed; the lock says that none is at work
+        stale.unlink()
+    chunks = [sources[i : i + writing.per_shard] for i in range(0, len(sources), writing.per_shard)]
+    return [_Job(out / f"{name}-{number:06d}.tar", chunk, writing) for number, chunk in enumerate(chunks)]
+
+
+def _digest(sources: list[Source]) -> str:
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(repr(source).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read_index(path)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def _write_shard(job: _Job) -> list[str]:
+    """What was left out of it."""
+    temporary = job.path.with_name(f".{job.path.name}.{os.getpid()}")
+    left_out: list[str] = []
     try:
         with temporary.open("wb") as file:
             # mtime, owner: constants, so that the same images give the same bytes
             writer = webdataset.TarWriter(file, mtime=0, user="dsmim", group="dsmim", encoder=False)
-            for source in sources:
-                writer.write(_sample(source, short_side))
+            for source in job.sources:
+                try:
+                    members = _prepared(source, job.writing)
+                except _Bad as error:
+                    left_out.append(str(error))
+                    continue
+                writer.write({"__key__": source.key, **members})
             writer.close()
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.replace(job.path)
     finally:
         temporary.unlink(missing_ok=True)
-    return write_index(path)
+    write_index(job.path)
+    return left_out
 
 
-def _sample(source: Source, short_side: int | None) -> dict:
-    extension = source.path.suffix.lower().lstrip(".")
-    try:
-        data = source.path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{source.path}: {error.strerror}") from None
-    if short_side:
-        data, extension = _shrink(source.path, data, extension, short_side)
-    sample = {"__key__": source.key, extension: data}
-    return sample if source.label is None else sample | {"cls": str(source.label).encode()}
+class _Bad(Exception):
+    """An image to be left out."""
 
 
-def _shrink(path: Path, data: bytes, extension: str, short_side: int) -> tuple[bytes, str]:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            grey, factor = image.mode == "L", short_side / min(image.size)
-            size = tuple(max(short_side, round(side * factor)) for side in image.size)
-        if factor >= 1:
-            return data, extension
-        small = open_rgb(data).resize(size, Image.Resampling.BICUBIC).convert("L" if grey else "RGB")
-    except Exception as error:
-        raise ValueError(f"{path}: cannot be decoded: {error}") from None
+def _prepared(source: Source, writing: Writing) -> dict[str, bytes]:
+    """The members of a sample as they are written."""
+    members = source.members()
+    if not writing.short_side and not writing.skip_undecodable:
+        return members
+    prepared = {}
+    for extension, data in members.items():
+        try:
+            if is_image(extension):
+                data, extension = _checked_image(data, extension, writing)
+        except Exception as error:  # Pillow's plug-ins raise what they like on rubbish
+            if writing.skip_undecodable:
+                raise _Bad(f"{source.key}.{extension}: {error}") from None
+            raise ValueError(f"{source.key}.{extension}: cannot be decoded: {error}; see --skip-undecodable") from None
+        prepared[extension] = data
+    return prepared
+
+
+def _checked_image(data: bytes, extension: str, writing: Writing) -> tuple[bytes, str]:
+    """The image as it is stored. Raises whatever Pillow raises for bytes that are none."""
+    image = open_rgb(data)
+    if not writing.short_side or min(image.size) <= writing.short_side:
+        return data, extension
+    with Image.open(io.BytesIO(data)) as original:
+        grey = original.mode == "L"
+    factor = writing.short_side / min(image.size)
+    size = tuple(max(writing.short_side, round(side * factor)) for side in image.size)
+    small = image.resize(size, Image.Resampling.BICUBIC).convert("L" if grey else "RGB")
     buffer = io.BytesIO()
     if extension == "png":
         small.save(buffer, "PNG")
     else:
-        small.save(buffer, "JPEG", quality=95)
+        small.save(buffer, "JPEG", quality=writing.quality)
     return buffer.getvalue(), "png" if extension == "png" else "jpg"
-
-
-def _key(relative: Path) -> str:
-    """The path without its extension; WebDataset ends a key at the first dot, so that further dots become '_'."""
-    return str(relative.with_suffix("")).replace(".", "_")
-
-
-def _from_folder(folder: Path) -> tuple[list[Source], list[str]]:
-    paths = sorted(path for path in folder.rglob("*") if is_image(path.suffix.lower().lstrip(".")) and path.is_file())
-    relatives = [path.relative_to(folder) for path in paths]
-    top = {len(relative.parts) == 1 for relative in relatives}
-    if top == {True, False}:
-        raise ValueError(f"{folder}: holds images beside class folders; move them into one, or give a table")
-    classes = sorted({relative.parts[0] for relative in relatives}) if top == {False} else []
-    labels = {name: number for number, name in enumerate(classes)}
-    sources = [Source(path, _key(rel), labels.get(rel.parts[0])) for path, rel in zip(paths, relatives, strict=True)]
-    return sources, classes
-
-
-def _from_table(table: Path, root: Path) -> tuple[list[Source], list[str]]:
-    try:
-        text = table.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{table}: is neither a folder nor a readable table ({error})") from None
-    rows = [row for row in csv.reader(text.splitlines(), delimiter="\t" if table.suffix == ".tsv" else ",") if row]
-    rows = rows[1:] if rows and rows[0][0] == "path" else rows  # the heading line is optional
-    widths = {len(row) for row in rows}
-    if not widths <= {1} and not widths <= {2}:
-        number = next(i for i, row in enumerate(rows) if len(row) != len(rows[0]) or len(row) > 2)
-        raise ValueError(f"{table}: row {number + 1} ({rows[number]}) should have the columns path or path,label")
-    words = [row[1].strip() for row in rows if len(row) == 2]
-    numeric = bool(words) and words[0].isdigit()
-    if odd := [number for number, word in enumerate(words) if not word or word.isdigit() != numeric]:
-        what = "a number from 0" if numeric else "a name"
-        raise ValueError(f"{table}: row {odd[0] + 1} has the label {words[odd[0]]!r} where the first one is {what}")
-    classes = [] if numeric else sorted(set(words))
-    labels = {word: int(word) if numeric else classes.index(word) for word in set(words)}
-    sources = [Source(root / row[0], _key(Path(row[0])), labels[row[1].strip()] if words else None) for row in rows]
-    return [_checked(source, table) for source in sources], classes
-
-
-def _checked(source: Source, table: Path) -> Source:
-    if not source.path.is_file():
-        raise ValueError(f"{table}: no such file: {source.path}")
-    if not is_image(source.path.suffix.lower().lstrip(".")):
-        raise ValueError(f"{table}: {source.path} has no image extension")
-    return replace(source, key=source.key.lstrip("/"))

@@ -1,95 +1,130 @@
-"""Shards found, indexed and verified. Writing them is in shard_writer.py."""
+"""Shards found, opened and indexed. Writing them is in shard_writer.py, checking them in verify.py."""
 
 from __future__ import annotations
 
 import glob
-import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from braceexpand import braceexpand
 
-from dsmim.data.index import ShardIndex, index_file, is_image, parse_sample, read_index, write_index
+from dsmim.data.index import (
+    SUFFIX,
+    ShardIndex,
+    describe,
+    index_file,
+    read_index,
+    write_atomically,
+    write_index,
+    write_sidecar,
+)
 from dsmim.data.parallel import parallel
+from dsmim.data.remote import check, download, fetch_small, is_remote
+from dsmim.data.subset import apply_subset
+
+OPENERS = 8  # threads that open sidecars: on a parallel file system each open waits for a metadata server
 
 
-def expand(patterns: str | list[str], what: str = "data") -> list[Path]:
-    """Shard paths of brace patterns and globs, each pattern's sorted; folders stand for the tars in them.
+def expand(patterns: str | list[str], what: str = "data", allow_pipe: bool = False) -> list[str]:
+    """Shard paths of brace patterns and globs, each pattern's sorted; folders stand for the tars in them. URLs take
+    brace patterns only, in the order in which webdataset expands them.
 
     Raises ValueError, naming the pattern, when one matches nothing or a shard comes twice.
     """
-    paths: list[Path] = []
+    paths: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = [path for text in braceexpand(pattern) for path in _matches(text, what)]
+        found = [path for text in braceexpand(pattern) for path in _matches(text, what, allow_pipe)]
         if not found:
             raise ValueError(f"{what}: no shards match {pattern!r}")
         paths += found
-    twice = sorted({str(path) for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
-    if twice:
-        raise ValueError(f"{what}: shard given twice: {', '.join(twice)}")
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"{what}: shard given twice: {twice}")
     return paths
 
 
-def open_shards(patterns: str | list[str], index_dir: str | None, what: str) -> list[ShardIndex]:
-    """The indexes of all shards that the patterns name, in order."""
-    return [read_index(path, index_dir) for path in expand(patterns, what)]
+def open_shards(
+    patterns: str | list[str],
+    index_dir: str | None = None,
+    what: str = "data",
+    subset: str | None = None,
+    allow_pipe: bool = False,
+) -> list[ShardIndex]:
+    """The indexes of all shards that the patterns name, in order; of a subset, with its samples alone.
+
+    Raises ValueError for the first shard without a valid index.
+    """
+    paths = expand(patterns, what, allow_pipe)
+    with ThreadPoolExecutor(OPENERS) as pool:  # slices: a task per shard would cost more than the shard
+        slices = pool.map(partial(_read_all, index_dir=index_dir), (paths[i::OPENERS] for i in range(OPENERS)))
+    indexes: list[ShardIndex] = [None] * len(paths)
+    for number, part in enumerate(slices):
+        indexes[number::OPENERS] = part
+    return apply_subset(indexes, subset) if subset else indexes
 
 
-def index_all(patterns: list[str], index_dir: str | None, workers: int, force: bool = False) -> list[ShardIndex]:
+def index_all(
+    patterns: list[str], index_dir: str | None, workers: int, force: bool = False, allow_pipe: bool = False
+) -> list[ShardIndex]:
     """Index every shard that has no valid index yet (all of them with force). Raises ValueError that lists the bad
     ones, after the others are done."""
-    return parallel(partial(_index_one, index_dir=index_dir, force=force), expand(patterns), workers, "index")
+    work = partial(_index_one, index_dir=index_dir, force=force)
+    return parallel(work, expand(patterns, allow_pipe=allow_pipe), workers, "index")
 
 
-def verify_all(patterns: list[str], index_dir: str | None, workers: int, decode_images: bool) -> list[str]:
-    """One line per thing that is wrong, over all shards."""
-    check = partial(verify, index_dir=index_dir, decode_images=decode_images)
-    return [line for lines in parallel(check, expand(patterns), workers, "verify") for line in lines]
+@contextmanager
+def local_copy(tar: str) -> Iterator[Path]:
+    """A local file with the shard's bytes: itself, or a download that is gone afterwards."""
+    if not is_remote(tar):
+        yield Path(tar)
+        return
+    with tempfile.NamedTemporaryFile(prefix="dsmim-", suffix=".tar") as file:
+        download(tar, file)
+        file.flush()
+        yield Path(file.name)
 
 
-def verify(tar: Path, index_dir: str | None = None, decode_images: bool = False) -> list[str]:
-    """What is wrong with one shard: tar structure, digest, index, and with decode_images every image."""
-    try:
-        index = read_index(tar, index_dir)
-    except ValueError as error:
-        return [str(error)]
-    with tar.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != index.sha256:
-            return [f"{tar}: contents differ from what was indexed ({index_file(tar, index_dir)})"]
-        if not decode_images:
-            return []
-        return [line for record in index.records for line in _verify_sample(tar, file, record)]
+def _read_all(paths: list[str], index_dir: str | None) -> list[ShardIndex]:
+    return [read_index(path, index_dir) for path in paths]
 
 
-def _verify_sample(tar: Path, file, record) -> list[str]:
-    from dsmim.data.transforms import Undecodable, decode  # heavy, and needed only here
-
-    file.seek(int(record[0]))
-    key, members = parse_sample(file.read(int(record[1])))
-    problems = []
-    for extension, data in members.items():
-        if is_image(extension):
-            try:
-                decode(data)
-            except Undecodable as error:
-                problems.append(f"{tar}: {key}.{extension} cannot be decoded: {error}")
-    return problems
-
-
-def _index_one(tar: Path, index_dir: str | None, force: bool) -> ShardIndex:
+def _index_one(tar: str, index_dir: str | None, force: bool) -> ShardIndex:
     if not force:
         try:
             return read_index(tar, index_dir)
-        except ValueError:
-            pass  # missing or stale, which is what indexing mends
-    return write_index(tar, index_dir)
+        except (ValueError, FileNotFoundError):
+            index_file(tar, index_dir)  # raises for what indexing cannot mend
+        if is_remote(tar) and not tar.startswith("pipe:") and (published := _published(tar, index_dir)):
+            return published
+    if not is_remote(tar):
+        return write_index(tar, index_dir)
+    with local_copy(tar) as copy:
+        return write_sidecar(tar, index_file(tar, index_dir), *describe(copy, tar))
 
 
-def _matches(pattern: str, what: str) -> list[Path]:
-    if pattern.startswith("pipe:") or "://" in pattern:
-        raise ValueError(f"{what}: {pattern!r} is no local path; copy the shards to a file system first")
-    if Path(pattern).is_dir():
-        return sorted(Path(pattern).glob("*.tar"))
-    if Path(pattern).is_file():
-        return [Path(pattern)]
-    return sorted(Path(match) for match in glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute patterns too
+def _published(tar: str, index_dir: str) -> ShardIndex | None:
+    """The sidecar that lies beside a remote shard, if there is one: it saves reading the shard. The digest in it is
+    held against the shard's bytes when they are downloaded."""
+    data = fetch_small(tar + SUFFIX)
+    if data is None:
+        return None
+    write_atomically(Path(index_file(tar, index_dir)), data)
+    return read_index(tar, index_dir)
+
+
+def _matches(pattern: str, what: str, allow_pipe: bool) -> list[str]:
+    if is_remote(pattern):
+        check(pattern, what, allow_pipe)
+        if "*" in pattern and not pattern.startswith("pipe:"):
+            raise ValueError(f"{what}: {pattern!r}: '*' cannot be expanded in a URL; write {{000000..000146}}")
+        return [pattern]
+    if os.path.isfile(pattern):  # noqa: PTH113 - Path objects would take most of the time of a large start
+        return [pattern]
+    if os.path.isdir(pattern):  # noqa: PTH112
+        return sorted(str(path) for path in Path(pattern).glob("*.tar"))
+    return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute patterns too

@@ -1,44 +1,25 @@
-"""Bytes → uint8 tensor → augmented uint8 tensor. Normalisation happens on the device."""
+"""Encoded image → augmented uint8 tensor. Normalisation happens on the device."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms import str_to_pil_interp
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from dsmim.data.pixels import open_rgb
+from dsmim.data.decode import decode
 from dsmim.recipe import Augment
 
-Transform = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Undecodable(ValueError):
-    """The bytes are no image that either decoder reads."""
-
-
-def decode(data: bytes) -> torch.Tensor:
-    """(3, H, W) uint8 RGB. torchvision's decoders first; Pillow for what they do not know (BMP, TIFF, CMYK).
-
-    16-bit images are scaled to 8; of an animation the first frame is taken. Raises Undecodable with what both said.
-    """
-    try:
-        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-    except (RuntimeError, ValueError) as first:
-        try:
-            return TF.pil_to_tensor(open_rgb(data))
-        except Exception as second:
-            raise Undecodable(f"{str(first).splitlines()[0]} | {second}") from None
-    image = image[0] if image.ndim == 4 else image
-    return image if image.dtype == torch.uint8 else (image.int() // 257).byte()
+Transform = Callable[[bytes], torch.Tensor]
+"""An encoded image → (3, img_size, img_size) uint8. Raises Undecodable."""
 
 
 @contextmanager
@@ -58,31 +39,19 @@ def seeded(key: int):
 
 def train_transform(augment: Augment, img_size: int) -> Transform:
     """Random resized crop, flips, RandAugment and random erasing, on uint8."""
-    steps = [
-        v2.RandomResizedCrop(
-            img_size,
-            scale=tuple(augment.crop_scale),
-            ratio=tuple(augment.crop_ratio),
-            interpolation=_mode(augment.interpolation),
-            antialias=True,
-        )
-    ]
+    steps = [_RandomResizedCrop(augment, img_size)]
     steps += [v2.RandomHorizontalFlip(augment.hflip)] if augment.hflip else []
     steps += [v2.RandomVerticalFlip(augment.vflip)] if augment.vflip else []
     steps += [_RandAugment(augment, img_size)] if augment.rand_augment else []
     steps += [_RandomErasing(augment.random_erasing)] if augment.random_erasing else []
-    return v2.Compose(steps)
+    return _Steps(steps)
 
 
 def eval_transform(augment: Augment, img_size: int) -> Transform:
     """Resize the short side to img_size / eval_crop_ratio, then crop the centre (timm's evaluation)."""
     short = int(img_size / augment.eval_crop_ratio)
-    return v2.Compose(
-        [
-            v2.Resize(short, interpolation=_mode(augment.eval_interpolation), antialias=True),
-            v2.CenterCrop(img_size),
-        ]
-    )
+    resize = v2.Resize(short, interpolation=_mode(augment.eval_interpolation), antialias=True)
+    return _Steps([decode, resize, v2.CenterCrop(img_size)])
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
@@ -96,6 +65,31 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 
 def _mode(name: str) -> v2.InterpolationMode:
     return v2.InterpolationMode(name)
+
+
+class _Steps:
+    """One after another (v2.Compose looks into its input and takes bytes for a mistake)."""
+
+    def __init__(self, steps: list[Callable]):
+        self.steps = steps
+
+    def __call__(self, image: Any) -> torch.Tensor:
+        for step in self.steps:
+            image = step(image)
+        return image
+
+
+class _RandomResizedCrop:
+    """Decodes, crops and resizes in one step: the crop decides how much of the image is needed."""
+
+    def __init__(self, augment: Augment, img_size: int):
+        self.size, self.mode = [img_size, img_size], _mode(augment.interpolation)
+        self.box = v2.RandomResizedCrop(img_size, tuple(augment.crop_scale), tuple(augment.crop_ratio))
+
+    def __call__(self, data: bytes) -> torch.Tensor:
+        image = decode(data)
+        box = self.box.make_params([image])
+        return TF.resized_crop(image, **box, size=self.size, interpolation=self.mode, antialias=True)
 
 
 class _RandAugment:

@@ -25,9 +25,9 @@ class Task(ABC):
     """Parameter name → layer id, for layer-wise learning-rate decay."""
     classes: int | None = None
     """How many labels the samples must carry; None: none."""
-    train_sample: Callable[[torch.Tensor, int | None], Batch]
-    """(3, H, W) uint8 image and label → the tensors of one training sample; runs in a data worker."""
-    eval_sample: Callable[[torch.Tensor, int | None], Batch]
+    train_sample: Callable[[bytes, int | None], Batch]
+    """Encoded image and label → the tensors of one training sample; runs in a data worker."""
+    eval_sample: Callable[[bytes, int | None], Batch]
 
     def check_micro_batch(self, size: int) -> None:
         """Raise ValueError for a micro batch that the task cannot train on."""

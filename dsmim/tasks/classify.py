@@ -16,7 +16,7 @@ class _LabelledSample:
     def __init__(self, transform: Transform):
         self.transform = transform
 
-    def __call__(self, image: torch.Tensor, label: int | None) -> Batch:
+    def __call__(self, image: bytes, label: int | None) -> Batch:
         return {"image": self.transform(image), "label": label}
 
 

@@ -18,7 +18,7 @@ class _MaskedSample:
         self.transform = transform
         self.mask_sizes = (recipe.model.img_size, recipe.task.mask_patch, model_patch, recipe.task.mask_ratio)
 
-    def __call__(self, image: torch.Tensor, label: int | None) -> Batch:
+    def __call__(self, image: bytes, label: int | None) -> Batch:
         return {"image": self.transform(image), "mask": random_mask(*self.mask_sizes)}
 
 

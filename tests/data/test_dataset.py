@@ -8,12 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dsmim.data.dataset import DataError, EvalDataset, TarDataset, collate
+from dsmim.data.dataset import EvalDataset, TarDataset, collate
+from dsmim.data.decode import Undecodable, decode
 from dsmim.data.index import write_index
 from dsmim.data.loader import eval_loader, train_loader
 from dsmim.data.order import Order
+from dsmim.data.reader import DataError, ShardReader
 from dsmim.data.shards import open_shards
-from dsmim.data.transforms import Undecodable, decode, eval_transform, normalise, seeded, train_transform
+from dsmim.data.transforms import eval_transform, normalise, seeded, train_transform
 from dsmim.recipe import Augment
 from tests.conftest import image_bytes, make_shards, write_tar
 
@@ -28,7 +30,7 @@ def sample_transform(size=24, augment=FULL):
 def dataset(folder, classes=3, seed=5, window=2, transform=None):
     shards = open_shards(f"{folder}/train-*.tar", None, "data.train")
     order = Order([index.samples for index in shards], seed, window)
-    return TarDataset(shards, order, transform or sample_transform(), classes)
+    return TarDataset(ShardReader(shards), order, transform or sample_transform(), classes)
 
 
 def stream(folder, world, workers, consumed, steps, batch=12, accumulation=1):
@@ -114,9 +116,8 @@ def test_stand_in_wraps_around_and_gives_up(tmp_path):
 def test_evaluation_leaves_undecodable_images_out(tmp_path):
     folder = broken_folder(tmp_path)
     transform = eval_transform(Augment(), 24)
-    data = EvalDataset(
-        open_shards(f"{folder}/train-*.tar", None, "x"), lambda image, label: {"image": transform(image)}, None
-    )
+    reader = ShardReader(open_shards(f"{folder}/train-*.tar"))
+    data = EvalDataset(reader, lambda image, label: {"image": transform(image)}, None)
     batch = collate([data[(i, 1.0)] for i in range(8)])
     assert batch["weight"].tolist() == [1, 1, 1, 1, 0, 1, 1, 1] and len(batch["undecodable"]) == 1
 
@@ -124,7 +125,7 @@ def test_evaluation_leaves_undecodable_images_out(tmp_path):
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_evaluation_counts_every_sample_once_in_the_same_batches(shards, world):
     shard_indexes = open_shards(f"{shards}/val-*.tar", None, "data.val")
-    data = EvalDataset(shard_indexes, lambda image, label: {"label": label}, 3)
+    data = EvalDataset(ShardReader(shard_indexes), lambda image, label: {"label": label}, 3)
     ranks = [list(eval_loader(data, 4, world, rank, 0, pin=False)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
     batches = [batch for batches in ranks for batch in batches]
@@ -160,8 +161,7 @@ def test_a_shard_that_changes_or_goes_is_named(tmp_path):
         [data[p] for p in range(3)]
     path.unlink()
     with pytest.raises(DataError, match="cannot be opened"):
-        dataset_again = TarDataset(data.reader.shards, data.order, data.transform, 3)
-        dataset_again[0]
+        TarDataset(ShardReader(data.reader.shards), data.order, data.transform, 3)[0]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF"])

@@ -3,20 +3,30 @@
 import os
 import subprocess
 import tarfile
+from pathlib import Path
 
 import pytest
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsmim.data.index import fingerprint, index_file, parse_sample, read_index, split_member, write_index
+from dsmim.data.index import fingerprint, read_index, write_index
+from dsmim.data.index import index_file as index_name
 from dsmim.data.shards import expand, index_all, open_shards
+from dsmim.data.tar import parse_sample, split_member
 from tests.conftest import image_bytes, make_shards, write_tar
 
 
+def index_file(tar):
+    return Path(index_name(str(tar)))
+
+
 def read_all(index):
-    with index.tar.open("rb") as file:
-        return [parse_sample(file.read()[int(o) : int(o) + int(n)]) for o, n in index.records if not file.seek(0)]
+    data, table = Path(index.tar).read_bytes(), index.table()
+    places = [table.place(row) for row in range(index.samples)]
+    samples = [parse_sample(data[offset : offset + length]) for offset, length in places]
+    assert [key for key, _ in samples] == table.keys
+    return samples
 
 
 def test_shards_of_webdataset_and_gnu_tar_unmodified(tmp_path):
@@ -153,13 +163,21 @@ def test_key_in_two_places(tmp_path):
 
 def test_patterns(tmp_path):
     paths = make_shards(tmp_path, [1, 1, 1])
-    assert expand(f"{tmp_path}/train-{{000..002}}.tar") == expand(str(tmp_path)) == expand(f"{tmp_path}/*.tar") == paths
+    assert (
+        expand(f"{tmp_path}/train-{{000..002}}.tar")
+        == expand(str(tmp_path))
+        == expand(f"{tmp_path}/*.tar")
+        == [str(path) for path in paths]
+    )
     with pytest.raises(ValueError, match=r"data\.train: no shards match .*nothing"):
         open_shards(f"{tmp_path}/nothing-*.tar", None, "data.train")
     with pytest.raises(ValueError, match="given twice"):
         expand([str(paths[0]), str(tmp_path)])
-    with pytest.raises(ValueError, match="is no local path"):
+    with pytest.raises(ValueError, match="allow it with"):
         expand("pipe:cat x.tar")
+    with pytest.raises(ValueError, match=r"'\*' cannot be expanded in a URL"):
+        expand("http://127.0.0.1/x/*.tar")
+    assert expand("http://127.0.0.1/{0..2}.tar") == [f"http://127.0.0.1/{i}.tar" for i in range(3)]
 
 
 def test_fingerprint_follows_contents_and_order(tmp_path):

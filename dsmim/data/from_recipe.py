@@ -1,0 +1,40 @@
+"""From a recipe's data section to what reads its samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dsmim.data.cache import ShardCache
+from dsmim.data.index import ShardIndex
+from dsmim.data.reader import ShardReader
+from dsmim.data.remote import is_remote
+from dsmim.data.shards import open_shards
+from dsmim.recipe import Data, required
+
+GB = 10**9
+
+
+def training_shards(data: Data) -> list[ShardIndex]:
+    """The indexes of data.train, of data.subset's samples if it is given. Raises ValueError when one is missing."""
+    patterns = required(data.train, "data.train")
+    return open_shards(patterns, data.index_dir, "data.train", data.subset, data.allow_pipe)
+
+
+def validation_shards(data: Data) -> list[ShardIndex]:
+    """The indexes of data.val. Raises ValueError when one is missing."""
+    return open_shards(required(data.val, "data.val"), data.index_dir, "data.val", allow_pipe=data.allow_pipe)
+
+
+def open_reader(data: Data, shards: list[ShardIndex], window: int) -> ShardReader:
+    """A reader of shards of which `window` are read together. Raises ValueError when remote shards have no cache, or
+    one that cannot hold this window and the next: every shard would be fetched again and again."""
+    if not any(is_remote(shard.tar) for shard in shards):
+        return ShardReader(shards, keep=2 * window)
+    folder = required(data.cache_dir, "data.cache_dir")
+    needed = sum(sorted(shard.tar_bytes for shard in shards)[-2 * window :])
+    if needed > data.cache_gb * GB:
+        raise ValueError(
+            f"data.cache_gb: {data.cache_gb:g} is less than the {needed / GB:.3g} GB of two windows of {window} "
+            "shards; make it larger, or data.shuffle_window smaller"
+        )
+    return ShardReader(shards, ShardCache(Path(folder), int(data.cache_gb * GB)), keep=2 * window)

@@ -1,0 +1,154 @@
+"""WebDataset tars, anyone's: which samples a tar holds, and the members of one sample.
+
+A sample is a run of neighbouring members that share a key (webdataset's rule), one of which is an image. Headers are
+read by Python's tarfile, which knows ustar, GNU and pax.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+BLOCK = tarfile.BLOCKSIZE
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+NO_LABEL = -1
+# WebDataset's rule: the key ends at the first dot of the file's name, folders belong to the key.
+_MEMBER = re.compile(r"^((?:.*/|)[^./][^.]*)\.([^/]*)$")
+
+
+class Sample(NamedTuple):
+    """Where a sample stands in its tar."""
+
+    key: str
+    offset: int
+    """Bytes before its first header; a multiple of 512."""
+    length: int
+    """Bytes up to the end of its last member's last block."""
+    label: int
+    """The whole number from 0 in KEY.cls; NO_LABEL without one."""
+
+
+class _Member(NamedTuple):
+    key: str
+    extension: str
+    offset: int
+    end: int
+    label: int
+
+
+def split_member(name: str) -> tuple[str, str] | None:
+    """('folder/000', 'jpg') of 'folder/000.jpg'; None for names that make no sample (no extension, hidden files)."""
+    match = _MEMBER.match(name.removeprefix("./"))
+    return (match[1], match[2].lower()) if match else None
+
+
+def is_image(extension: str) -> bool:
+    return extension in IMAGE_EXTENSIONS
+
+
+def scan(tar: Path, name: str) -> list[Sample]:
+    """Every sample of a tar that holds an image, in order.
+
+    Raises ValueError, which calls the tar `name`, when it is no whole tar, a key or a member stands twice, or it holds
+    no image.
+    """
+    samples: list[Sample] = []
+    seen: set[str] = set()
+    for members in _runs(tar, name):
+        key, extensions = members[0].key, [member.extension for member in members]
+        if key in seen:
+            raise ValueError(f"{name}: key {key!r} stands twice; every key must be one run of neighbouring files")
+        seen.add(key)
+        if twice := next((e for e in extensions if extensions.count(e) > 1), None):
+            raise ValueError(f"{name}: {key}.{twice} stands twice; build the shard again")
+        if any(map(is_image, extensions)):
+            label = max(member.label for member in members)
+            samples.append(Sample(key, members[0].offset, members[-1].end - members[0].offset, label))
+    if not samples:
+        raise ValueError(f"{name}: holds no image (looked for {', '.join(IMAGE_EXTENSIONS)})")
+    return samples
+
+
+def parse_sample(data: bytes) -> tuple[str, dict[str, bytes]]:
+    """Key and members (extension → bytes) of the stretch of a tar that holds one sample.
+
+    Raises tarfile.TarError when it does not begin with a tar header.
+    """
+    members: dict[str, bytes] = {}
+    key, offset = "", 0
+    while offset < len(data):
+        header = tarfile.TarInfo.frombuf(data[offset : offset + BLOCK], "utf-8", "surrogateescape")
+        if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE):
+            return _parse_extended(data)  # long names, pax records, links: tarfile puts them together
+        offset += BLOCK
+        if header.isfile():
+            if name := split_member(header.name):
+                key = name[0]
+                members[name[1]] = data[offset : offset + header.size]
+            offset += _padded(header.size)
+    return key, members
+
+
+def _parse_extended(data: bytes) -> tuple[str, dict[str, bytes]]:
+    members: dict[str, bytes] = {}
+    key = ""
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+        for member in archive:
+            if member.isfile() and (name := split_member(member.name)):
+                key = name[0]
+                members[name[1]] = archive.extractfile(member).read()
+    return key, members
+
+
+def _runs(tar: Path, name: str) -> Iterator[list[_Member]]:
+    """Neighbouring members of one key."""
+    run: list[_Member] = []
+    for member in _members(tar, name):
+        if run and member.key != run[0].key:
+            yield run
+            run = []
+        run.append(member)
+    if run:
+        yield run
+
+
+def _members(tar: Path, name: str) -> Iterator[_Member]:
+    """Every file that belongs to a sample, in order."""
+    size = tar.stat().st_size
+    try:
+        with tarfile.open(tar, mode="r:") as archive:
+            for member in archive:
+                stop = member.offset_data + (_padded(member.size) if member.isfile() else 0)
+                if stop > size:
+                    raise ValueError(f"{name}: cut short inside {member.name!r} at byte {size}; copy or build it again")
+                if member.isfile() and (parts := split_member(member.name)):
+                    label = _label(archive.extractfile(member).read()) if parts[1] == "cls" else NO_LABEL
+                    yield _Member(*parts, member.offset, stop, label)
+                archive.members.clear()  # tarfile would keep every header of the shard in memory
+            _check_end(tar, name, archive.offset, size)
+    except tarfile.TarError as error:
+        raise ValueError(f"{name}: no readable tar ({error}); copy or build it again") from None
+
+
+def _check_end(tar: Path, name: str, offset: int, size: int) -> None:
+    """tarfile takes a bad header, and the end of the file, for the end of the archive: tell them apart."""
+    with tar.open("rb") as file:
+        file.seek(offset)
+        block = file.read(BLOCK)
+    if len(block) < BLOCK:
+        raise ValueError(f"{name}: cut short at byte {size}, before the end-of-archive mark; copy or build it again")
+    if block.count(0) != BLOCK:
+        raise ValueError(f"{name}: bad tar header at byte {offset}; copy or build it again")
+
+
+def _label(text: bytes) -> int:
+    """Labels that are no class number are training's affair: another task may know what they mean."""
+    return int(text) if text.strip().isdigit() and int(text) < 2**31 else NO_LABEL
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
