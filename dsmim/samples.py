@@ -26,4 +26,4 @@ def sample_keys(recipe: Recipe, steps: range, world_size: int, rank: int | None)
         for share in shares:
             for position in rank_positions(step * batch, batch, world_size, share):
                 draw = order[position]
-                yield reader.key(draw.shard, draw.row), shards[draw.shard].tar
+                yield reader.table(draw.shard).keys[draw.row], shards[draw.shard].tar

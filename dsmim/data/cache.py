@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import threading
 import time
@@ -128,7 +129,7 @@ class ShardCache:
         difference = f"{found} bytes instead of {size}" if found != size else "another SHA-256"
         raise ValueError(
             f"{url}: contents differ from its index ({difference}); if the shard was replaced on purpose, "
-            f"run: dsmim shards index --force {url} --index-dir DIR"
+            f"run: dsmim shards index --force {shlex.quote(url)} --index-dir DIR"
         )
 
     def _reserve(self, part: Path, size: int, keep: Collection[str]) -> bool:

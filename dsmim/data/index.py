@@ -110,7 +110,7 @@ def index_file(tar: str, index_dir: str | Path | None = None) -> str:
         if is_remote(tar):
             raise ValueError(
                 f"{tar}: the indexes of remote shards lie in a local folder: data.index_dir=DIR in a recipe, "
-                f"--index-dir DIR for the shards commands; dsmim shards index {shlex.quote(tar)} --index-dir DIR fills it"
+                f"--index-dir DIR for the shards commands; run: dsmim shards index {shlex.quote(tar)} --index-dir DIR"
             )
         return tar + SUFFIX
     folder, name = _folder_and_name(tar)
@@ -170,8 +170,11 @@ def read_index(tar: str | Path, index_dir: str | Path | None = None) -> ShardInd
     path = index_file(tar, index_dir)
     mend = f"run: dsmim shards index {shlex.quote(tar)}" + (f" --index-dir {index_dir}" if index_dir else "")
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 - Path objects would take half the time
-            page, sidecar = file.read(PAGE), os.fstat(file.fileno())
+        descriptor = os.open(path, os.O_RDONLY)  # file objects and Path would take most of the time
+        try:
+            page, sidecar = os.read(descriptor, PAGE), os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
     except FileNotFoundError:
         raise ValueError(f"{tar}: has no index ({path}); {mend}") from None
     index = _parse_page(page, sidecar.st_size, tar, path, mend)

@@ -25,20 +25,25 @@ class DataError(ValueError):
 
 
 class ShardReader:
-    """Local shards are read where they lie, remote ones through the cache."""
+    """Local shards are read where they lie, remote ones through the cache.
+
+    keep: shards whose descriptors and tables stay open, at least.
+    """
 
     def __init__(self, shards: list[ShardIndex], cache: ShardCache | None = None, keep: int = OPEN_SHARDS):
         self.shards, self.cache, self.keep = shards, cache, max(keep, OPEN_SHARDS)
-        self._open: OrderedDict[int, tuple[int, Table]] = OrderedDict()
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._tables: OrderedDict[int, Table] = OrderedDict()
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": OrderedDict()}  # neither descriptors nor mappings travel between processes
+        """Neither descriptors nor mappings travel between processes."""
+        return self.__dict__ | {"_files": OrderedDict(), "_tables": OrderedDict()}
 
     def read(self, shard: int, row: int) -> tuple[str, dict[str, bytes]]:
         """Key and members (extension → bytes). Raises DataError when the shard is no longer what was indexed."""
-        descriptor, table = self._opened(shard)
+        table, tar = self.table(shard), self.shards[shard].tar
         offset, length = table.place(row)
-        data, tar = os.pread(descriptor, length, offset), self.shards[shard].tar
+        data = os.pread(self._file(shard), length, offset)
         if len(data) < length:
             raise DataError(f"{tar}: has shrunk since it was opened; copy or build it again")
         try:
@@ -48,13 +53,21 @@ class ShardReader:
         if key != table.keys[row]:
             raise DataError(
                 f"{tar}: has changed since it was indexed: at byte {offset} stands {key or 'no sample'!r} where "
-                f"{table.keys[row]!r} should be; if that is on purpose, run: dsmim shards index --force {shlex.quote(tar)}"
+                f"{table.keys[row]!r} should be; if it is meant, run: dsmim shards index --force {shlex.quote(tar)}"
             )
         return key, members
 
-    def key(self, shard: int, row: int) -> str:
-        """The key alone, from the index."""
-        return self.shards[shard].table().keys[row]
+    def table(self, shard: int) -> Table:
+        """Keys and places of a shard's samples, from its index. Raises DataError when that has changed."""
+        if shard not in self._tables:
+            try:
+                self._tables[shard] = self.shards[shard].table()
+            except ValueError as error:
+                raise DataError(str(error)) from None
+            if len(self._tables) > self.keep:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(shard)
+        return self._tables[shard]
 
     def expect(self, shards: Iterable[int]) -> None:
         """Remote shards that will be read soon, in this order: fetched in the background."""
@@ -62,34 +75,31 @@ class ShardReader:
             indexes = (self.shards[shard] for shard in shards)
             self.cache.prefetch([(i.tar, i.tar_bytes, i.sha256) for i in indexes if is_remote(i.tar)])
 
-    def _opened(self, shard: int) -> tuple[int, Table]:
-        if shard not in self._open:
-            if len(self._open) >= self.keep:
-                os.close(self._open.popitem(last=False)[1][0])
-            table = self._table(self.shards[shard])
-            self._open[shard] = self._descriptor(self.shards[shard]), table
-        self._open.move_to_end(shard)
-        return self._open[shard]
+    def _file(self, shard: int) -> int:
+        if shard not in self._files:
+            self._files[shard] = self._open(self.shards[shard])
+            if len(self._files) > self.keep:
+                os.close(self._files.popitem(last=False)[1])
+        self._files.move_to_end(shard)
+        return self._files[shard]
 
-    def _table(self, index: ShardIndex) -> Table:
-        try:
-            return index.table()
-        except ValueError as error:
-            raise DataError(str(error)) from None
-
-    def _descriptor(self, index: ShardIndex) -> int:
+    def _open(self, index: ShardIndex) -> int:
+        """A descriptor. Raises DataError when the shard is gone or has another size."""
         if is_remote(index.tar):
-            if not self.cache:
-                raise DataError(f"{index.tar}: remote shards need a folder on the node: data.cache_dir=DIR")
-            try:
-                return self.cache.open(index.tar, index.tar_bytes, index.sha256)
-            except ValueError as error:
-                raise DataError(str(error)) from None
+            return self._open_remote(index)
         try:
             descriptor = os.open(index.tar, os.O_RDONLY)
         except OSError as error:
             raise DataError(f"{index.tar}: cannot be opened: {error.strerror}") from None
         if (size := os.fstat(descriptor).st_size) != index.tar_bytes:
             os.close(descriptor)
-            raise DataError(f"{index.tar}: has {size} bytes where {index.tar_bytes} were indexed: it has changed")
+            raise DataError(f"{index.tar}: has changed: {size} bytes where {index.tar_bytes} were indexed")
         return descriptor
+
+    def _open_remote(self, index: ShardIndex) -> int:
+        if not self.cache:
+            raise DataError(f"{index.tar}: remote shards need a folder on the node: data.cache_dir=DIR")
+        try:
+            return self.cache.open(index.tar, index.tar_bytes, index.sha256)
+        except ValueError as error:
+            raise DataError(str(error)) from None

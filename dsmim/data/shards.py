@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,7 +28,9 @@ from dsmim.data.parallel import parallel
 from dsmim.data.remote import check, download, fetch_small, is_remote
 from dsmim.data.subset import apply_subset
 
-OPENERS = 8  # threads that open sidecars: on a parallel file system each open waits for a metadata server
+OPENERS = 16  # threads that open sidecars where each open waits for a metadata server
+PROBE = 100  # sidecars that tell whether it does
+SLOW_OPEN = 3e-4  # seconds; below it the threads would only wait for one another
 
 
 def expand(patterns: str | list[str], what: str = "data", allow_pipe: bool = False) -> list[str]:
@@ -60,11 +63,7 @@ def open_shards(
     Raises ValueError for the first shard without a valid index.
     """
     paths = expand(patterns, what, allow_pipe)
-    with ThreadPoolExecutor(OPENERS) as pool:  # slices: a task per shard would cost more than the shard
-        slices = pool.map(partial(_read_all, index_dir=index_dir), (paths[i::OPENERS] for i in range(OPENERS)))
-    indexes: list[ShardIndex] = [None] * len(paths)
-    for number, part in enumerate(slices):
-        indexes[number::OPENERS] = part
+    indexes = _read_indexes(paths, index_dir)
     return apply_subset(indexes, subset) if subset else indexes
 
 
@@ -89,8 +88,13 @@ def local_copy(tar: str) -> Iterator[Path]:
         yield Path(file.name)
 
 
-def _read_all(paths: list[str], index_dir: str | None) -> list[ShardIndex]:
-    return [read_index(path, index_dir) for path in paths]
+def _read_indexes(paths: list[str], index_dir: str | None) -> list[ShardIndex]:
+    begin = time.perf_counter()
+    indexes = [read_index(path, index_dir) for path in paths[:PROBE]]
+    if (time.perf_counter() - begin) / len(indexes) < SLOW_OPEN:
+        return indexes + [read_index(path, index_dir) for path in paths[PROBE:]]
+    with ThreadPoolExecutor(OPENERS) as pool:
+        return indexes + list(pool.map(partial(read_index, index_dir=index_dir), paths[PROBE:]))
 
 
 def _index_one(tar: str, index_dir: str | None, force: bool) -> ShardIndex:

@@ -46,7 +46,8 @@ class TarSource:
             file.seek(self.offset)
             key, members = parse_sample(file.read(self.length))
         if key != self.key:
-            raise ValueError(f"{self.tar}: has changed since it was indexed; run: dsmim shards index {shlex.quote(self.tar)}")
+            mend = f"run: dsmim shards index --force {shlex.quote(self.tar)}"
+            raise ValueError(f"{self.tar}: has changed since it was indexed; {mend}")
         return members
 
 

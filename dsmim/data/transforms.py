@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data.auto_augment import rand_augment_transform
+from PIL import Image
+from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms import str_to_pil_interp
 from torchvision.transforms import v2
@@ -102,9 +103,18 @@ class _RandAugment:
             "interpolation": str_to_pil_interp(augment.interpolation),
         }
         self.augment = rand_augment_transform(augment.rand_augment, hyper)
+        for operation in self.augment.ops:
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         return TF.pil_to_tensor(self.augment(TF.to_pil_image(image)))
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's, which at its greatest strength keeps no bit at all: black. Pillow below 12 did that, from 12 on it
+    refuses."""
+    return posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 class _RandomErasing:

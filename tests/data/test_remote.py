@@ -86,8 +86,10 @@ def server(monkeypatch):
 @pytest.fixture
 def bucket(monkeypatch):
     """An s3 client of a local server that has one bucket, "shards"; the environment points there."""
-    boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
-    endpoint = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    import boto3  # here: together they take a second, which other tests need not wait for
+    from moto.server import ThreadedMotoServer
+
+    endpoint = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     endpoint.start()
     host, port = endpoint.get_host_and_port()
     names = ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "DEFAULT_REGION")
@@ -243,9 +245,10 @@ def test_the_extra_is_missing(package, call):
     assert re.search(r"s3://b/k.*: needs an extra package; run: pip install 'dsmim\[remote\]'\n$", done.stderr)
 
 
-def test_in_a_forked_child_and_in_threads_after_the_parent_s_own_use(server, bucket):
+def test_in_a_forked_child_and_in_threads_after_the_parent_s_own_use(server, bucket, tmp_path):
     bucket.put_object(Bucket="shards", Key="0.tar", Body=DATA)
-    urls = server.add("/a.tar", DATA), "s3://shards/0.tar"
+    (tmp_path / "a.tar").write_bytes(DATA)
+    urls = server.add("/a.tar", DATA), "s3://shards/0.tar", f"pipe:cat {tmp_path}/a.tar"
     assert all(read(url) == DATA for url in urls)
     children = [
         multiprocessing.get_context("fork").Process(target=_read_in_threads, args=(urls, kind))
@@ -266,7 +269,7 @@ def _read_in_threads(urls, kind):
         thread.start()
     for thread in threads:
         thread.join()
-    assert results == [DATA] * 4
+    assert results == [DATA] * 6
     if kind == "grandchild":
         child = multiprocessing.get_context("fork").Process(target=_read_in_threads, args=(urls, "child"))
         child.start()

@@ -1,0 +1,77 @@
+"""Global batches as every rank's loader gives them; as a script, one rank of several.
+
+    torchrun … loading.py SHARDS OUT WORKERS CONSUMED STEPS
+
+writes OUT/RANK.json: per step, per sample, its key and a digest of its tensors.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from dsmim.data.dataset import TarDataset
+from dsmim.data.loader import train_loader
+from dsmim.data.masking import random_mask
+from dsmim.data.order import Order
+from dsmim.data.reader import ShardReader
+from dsmim.data.shards import open_shards
+from dsmim.data.transforms import train_transform
+from dsmim.recipe import Augment
+
+FULL = Augment(vflip=0.5, rand_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5)
+BATCH = 12
+
+
+class SampleTransform:
+    """Every augmentation that draws random numbers, the label, and a mask."""
+
+    def __init__(self, augment: Augment = FULL):
+        self.transform = train_transform(augment, 24)
+
+    def __call__(self, data: bytes, label: int | None) -> dict:
+        return {"image": self.transform(data), "label": label or 0, "mask": random_mask(24, 4, 4, 0.6)}
+
+
+def dataset(folder, classes=3, seed=5, window=2, transform=None, repeats=1) -> TarDataset:
+    shards = open_shards(f"{folder}/train-*.tar", None, "data.train")
+    order = Order([index.samples for index in shards], seed, window, repeats)
+    return TarDataset(ShardReader(shards), order, transform or SampleTransform(), classes)
+
+
+def stream(folder, world, workers, consumed, steps, batch=BATCH, accumulation=1, **options) -> list[tuple]:
+    """Global batches as (keys, bytes of the tensors), put together from every rank's loader."""
+    per_rank = [
+        list(
+            train_loader(dataset(folder, **options), consumed, steps, batch, accumulation, world, rank, workers, False)
+        )
+        for rank in range(world)
+    ]
+    out = []
+    for step in range(steps):
+        micros = [m for rank in per_rank for m in rank[step * accumulation : (step + 1) * accumulation]]
+        keys = [key for micro in micros for key in micro["key"]]
+        out.append((keys, *(torch.cat([m[n] for m in micros]).numpy().tobytes() for n in ("image", "mask", "label"))))
+    return out
+
+
+def main() -> None:
+    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+    workers, consumed, steps = (int(word) for word in sys.argv[3:])
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    loader = train_loader(dataset(folder), consumed, steps, BATCH, 1, world, rank, workers, pin=False)
+    (out / f"{rank}.json").write_text(json.dumps([_digests(batch) for batch in loader]))
+
+
+def _digests(batch: dict) -> list[str]:
+    rows = zip(batch["key"], batch["image"], batch["mask"], batch["label"], strict=True)
+    return [
+        f"{key} {hashlib.sha256(b''.join(t.numpy().tobytes() for t in tensors)).hexdigest()}" for key, *tensors in rows
+    ]
+
+
+if __name__ == "__main__":
+    main()

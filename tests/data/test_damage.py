@@ -1,0 +1,209 @@
+"""What is wrong with images and shards, and what then happens: the table in docs/data.md, line by line."""
+
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dsmim.data.dataset import TarDataset
+from dsmim.data.decode import MAX_PIXELS, Undecodable, decode
+from dsmim.data.index import write_index
+from dsmim.data.loader import train_loader
+from dsmim.data.order import Order
+from dsmim.data.reader import DataError, ShardReader
+from dsmim.data.shards import open_shards
+from dsmim.data.transforms import train_transform
+from dsmim.data.verify import verify
+from dsmim.recipe import Augment
+from tests.conftest import image_bytes, make_shards, write_tar
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def photo(mode: str = "RGB") -> Image.Image:
+    return Image.open(io.BytesIO(image_bytes(1))).resize((48, 40)).convert(mode)
+
+
+def bomb(side: int = 40_000) -> bytes:
+    """A PNG header that promises side × side pixels."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+
+
+def dataset(folder, classes=None, window=1) -> TarDataset:
+    shards = open_shards(f"{folder}/train-*.tar")
+    transform = train_transform(Augment(), 24)
+    order = Order([index.samples for index in shards], 5, window)
+    return TarDataset(ShardReader(shards), order, lambda data, label: {"image": transform(data)}, classes)
+
+
+IMAGES = {
+    "greyscale JPEG": encoded(photo("L"), "JPEG"),
+    "greyscale PNG": encoded(photo("L"), "PNG"),
+    "grey with alpha": encoded(photo("LA"), "PNG"),
+    "palette": encoded(photo("P"), "PNG"),
+    "alpha": encoded(photo("RGBA"), "PNG"),
+    "black and white": encoded(photo("1"), "PNG"),
+    "CMYK TIFF": encoded(photo("CMYK"), "TIFF"),
+    "palette GIF": encoded(photo(), "GIF"),
+    "WebP": encoded(photo(), "WEBP", lossless=True),
+    "BMP": encoded(photo(), "BMP"),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_every_kind_of_image_is_what_pillow_makes_of_it(name):
+    reference = np.asarray(Image.open(io.BytesIO(IMAGES[name])).convert("RGB")).astype(int)
+    assert np.abs(decode(IMAGES[name]).permute(1, 2, 0).numpy() - reference).max() <= 1
+
+
+def test_cmyk_jpegs_are_converted_as_pillow_does():
+    """Within what two roundings of ink to light may differ by."""
+    data = encoded(photo("CMYK"), "JPEG", quality=95)
+    reference = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    assert np.abs(decode(data).permute(1, 2, 0).numpy() - reference).max() <= 2
+
+
+def test_transparent_palette_colours_keep_their_colour():
+    image = photo().quantize(16)
+    data = encoded(image, "PNG", transparency=3)
+    assert np.array_equal(decode(data).permute(1, 2, 0).numpy(), np.asarray(image.convert("RGB")))
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    ramp = np.linspace(0, 65535, 40 * 40).reshape(40, 40).astype(np.uint16)
+    for kind in ("PNG", "TIFF"):
+        image = decode(encoded(Image.fromarray(ramp), kind))
+        assert image.dtype == torch.uint8 and image.shape == (3, 40, 40)
+        assert np.abs(image[0].numpy().astype(int) - (ramp // 257).astype(int)).max() <= 1, kind
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue", "green")]
+    image = decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    assert image.shape == (3, 10, 20) and image[:, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_exif_orientation_is_not_applied():
+    """As in torchvision's ImageFolder, through which the published models saw ImageNet."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    assert torch.equal(decode(encoded(photo(), "JPEG", exif=exif)), decode(encoded(photo(), "JPEG")))
+
+
+def test_the_bytes_tell_the_format_not_the_name(tmp_path):
+    write_index(write_tar(tmp_path / "train-000.tar", [("a.jpg", encoded(photo(), "PNG"))]))
+    assert dataset(tmp_path)[0]["undecodable"] == []
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded():
+    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(Undecodable, match=f"{MAX_PIXELS} are taken for"):
+        decode(bomb(10_000))
+    with pytest.raises(Undecodable, match="decompression bomb"):
+        decode(bomb(40_000))
+
+
+BAD_IMAGES = {
+    "zero-length": (b"", "it is empty"),
+    "text": (b"<html>not found</html>", "cannot identify"),
+    "cut JPEG": (encoded(photo().resize((300, 300)), "JPEG")[:1200], "truncated"),
+    "bomb": (bomb(), "decompression bomb"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_a_bad_image_is_stood_in_for_and_moves_no_other(tmp_path, name):
+    data, why = BAD_IMAGES[name]
+    good = [(f"k{i}.jpg", encoded(photo().rotate(40 * i), "JPEG")) for i in range(6)]
+    write_index(write_tar(tmp_path / "good/train-000.tar", good))
+    bad = write_tar(tmp_path / "bad/train-000.tar", [*good[:3], ("k3.jpg", data), *good[4:]])
+    write_index(bad)
+    reference, damaged = dataset(tmp_path / "good"), dataset(tmp_path / "bad")
+    for position in range(6):
+        a, b = reference[position], damaged[position]
+        if a["key"] == "k3":
+            assert b["key"] == "k4" and why in b["undecodable"][0] and "train-000.tar: k3.jpg" in b["undecodable"][0]
+        else:
+            assert a["key"] == b["key"] and torch.equal(a["image"], b["image"]) and not b["undecodable"]
+    problems = verify(str(bad), decode_images=True)
+    assert len(problems) == 1 and "k3.jpg cannot be decoded" in problems[0] and why in problems[0]
+
+
+def test_a_member_twice_and_a_key_twice_are_errors_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"t\.tar: a\.jpg stands twice"):
+        write_index(write_tar(tmp_path / "t.tar", [("a.jpg", b"1"), ("a.cls", b"0"), ("a.jpg", b"2")]))
+    with pytest.raises(ValueError, match="key 'a' stands twice"):
+        write_index(write_tar(tmp_path / "u.tar", [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.cls", b"0")]))
+
+
+def test_labels_of_a_part_of_the_samples_are_reported(tmp_path):
+    tar = write_tar(tmp_path / "t.tar", [("a.png", image_bytes(0)), ("a.cls", b"1"), ("b.png", image_bytes(1))])
+    write_index(tar)
+    assert verify(str(tar)) == [f"{tar}: 1 of 2 samples have no class number (KEY.cls), the first b"]
+
+
+def test_a_shard_that_is_cut_while_training(tmp_path):
+    path = make_shards(tmp_path, [30])[0]
+    data = dataset(tmp_path)
+    data[0]
+    os.truncate(path, 3000)
+    with pytest.raises(DataError, match=r"train-000\.tar: has shrunk since it was opened"):
+        [data[position] for position in range(30)]
+    with pytest.raises(DataError, match=r"has changed: 3000 bytes where \d+ were indexed"):
+        TarDataset(ShardReader(data.reader.shards), data.order, data.transform, None)[0]
+    with pytest.raises(ValueError, match="truncated"):
+        open_shards(str(path))
+
+
+def test_a_shard_that_is_overwritten_while_training(tmp_path):
+    """In place and of the same size, so that neither the descriptor nor the size tells."""
+    path = make_shards(tmp_path, [30])[0]
+    data = dataset(tmp_path)
+    data[0]
+    other = write_tar(tmp_path / "other.tar", [(f"x{i:05d}.png", image_bytes(7)) for i in range(60)]).read_bytes()
+    with path.open("r+b") as file:
+        file.write(other.ljust(path.stat().st_size, b"\0")[: path.stat().st_size])
+    with pytest.raises(DataError, match=r"train-000\.tar: has changed since it was indexed: at byte \d+ stands"):
+        [data[position] for position in range(30)]
+
+
+def test_a_shard_that_is_replaced_or_removed_while_it_is_open_is_read_on(tmp_path):
+    """The descriptor keeps the old file; who opens it anew is told."""
+    path = make_shards(tmp_path, [10])[0]
+    data = dataset(tmp_path)
+    before = [data[position]["key"] for position in range(10)]
+    path.unlink()
+    assert [data[position]["key"] for position in range(10)] == before
+    with pytest.raises(DataError, match=r"train-000\.tar: cannot be opened: No such file"):
+        TarDataset(ShardReader(data.reader.shards), data.order, data.transform, None)[0]
+
+
+def test_damage_in_a_worker_ends_in_one_message_and_does_not_hang(tmp_path):
+    path = make_shards(tmp_path, [30])[0]
+    data = dataset(tmp_path)
+    os.truncate(path, 3000)
+    with pytest.raises(DataError) as caught:
+        list(train_loader(data, 0, 5, 6, 1, 1, 0, workers=2, pin=False))
+    assert str(caught.value).startswith(f"{path}: has changed: 3000 bytes where")
+
+
+def test_an_index_that_is_replaced_while_training(tmp_path):
+    path = make_shards(tmp_path, [5])[0]
+    data = dataset(tmp_path)
+    sidecar = path.with_name(path.name + ".dsmi")
+    sidecar.write_bytes(sidecar.read_bytes()[:530])
+    with pytest.raises(DataError, match=r"train-000\.tar\.dsmi: changed since it was opened"):
+        data[0]
