@@ -37,7 +37,17 @@ setup(
     ],
     extras_require={
         "demo": ["elpv-dataset==1.0.0.post1", "scikit-learn>=1.4"],
-        "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "openmpi>=5"],
+        "remote": ["fsspec[http]>=2024.6", "s3fs>=2024.6"],
+        "test": [
+            "fsspec[http]>=2024.6",
+            "s3fs>=2024.6",
+            "moto[s3,server]>=5",
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "openmpi>=5",
+        ],
     },
     entry_points={"console_scripts": ["dsmim = dsmim.cli:main"]},
 )

@@ -120,19 +120,11 @@ def _is_whole(path: Path) -> bool:
 def _write_shard(job: _Job) -> list[str]:
     """What was left out of it."""
     temporary = job.path.with_name(f".{job.path.name}.{os.getpid()}")
-    left_out: list[str] = []
     try:
         with temporary.open("wb") as file:
             # mtime, owner: constants, so that the same images give the same bytes
-            writer = webdataset.TarWriter(file, mtime=0, user="dsmim", group="dsmim", encoder=False)
-            for source in job.sources:
-                try:
-                    members = _prepared(source, job.writing)
-                except _Bad as error:
-                    left_out.append(str(error))
-                    continue
-                writer.write({"__key__": source.key, **members})
-            writer.close()
+            with webdataset.TarWriter(file, mtime=0, user="dsmim", group="dsmim", encoder=False) as writer:
+                left_out = [line for source in job.sources if (line := _write_sample(writer, source, job.writing))]
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(job.path)
@@ -140,6 +132,15 @@ def _write_shard(job: _Job) -> list[str]:
         temporary.unlink(missing_ok=True)
     write_index(job.path)
     return left_out
+
+
+def _write_sample(writer: webdataset.TarWriter, source: Source, writing: Writing) -> str | None:
+    """Why it was left out, if it was."""
+    try:
+        writer.write({"__key__": source.key, **_prepared(source, writing)})
+    except _Bad as error:
+        return str(error)
+    return None
 
 
 class _Bad(Exception):

@@ -114,7 +114,12 @@ def _index_one(tar: str, index_dir: str | None, force: bool) -> ShardIndex:
 def _published(tar: str, index_dir: str) -> ShardIndex | None:
     """The sidecar that lies beside a remote shard, if there is one: it saves reading the shard. The digest in it is
     held against the shard's bytes when they are downloaded."""
-    data = fetch_small(tar + SUFFIX)
+    if "?" in tar:  # a signed address is good for the shard alone
+        return None
+    try:
+        data = fetch_small(tar + SUFFIX)
+    except ValueError:  # s3 forbids what is not there; reading the shard then tells what is wrong, if anything is
+        return None
     if data is None:
         return None
     write_atomically(Path(index_file(tar, index_dir)), data)

@@ -63,10 +63,11 @@ def main() -> None:
     workers, consumed, steps = (int(word) for word in sys.argv[3:])
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     loader = train_loader(dataset(folder), consumed, steps, BATCH, 1, world, rank, workers, pin=False)
-    (out / f"{rank}.json").write_text(json.dumps([_digests(batch) for batch in loader]))
+    (out / f"{rank}.json").write_text(json.dumps([digests(batch) for batch in loader]))
 
 
-def _digests(batch: dict) -> list[str]:
+def digests(batch: dict) -> list[str]:
+    """Per sample its key and the SHA-256 of its tensors."""
     rows = zip(batch["key"], batch["image"], batch["mask"], batch["label"], strict=True)
     return [
         f"{key} {hashlib.sha256(b''.join(t.numpy().tobytes() for t in tensors)).hexdigest()}" for key, *tensors in rows

@@ -13,7 +13,7 @@ from dsmim.data.index import write_index
 from dsmim.data.loader import eval_loader, train_loader
 from dsmim.data.reader import DataError, ShardReader
 from dsmim.data.shards import open_shards
-from dsmim.data.transforms import eval_transform, normalise, seeded
+from dsmim.data.transforms import eval_transform, normalise, seeded, train_transform
 from dsmim.recipe import Augment
 from tests.conftest import image_bytes, write_tar
 from tests.data.loading import dataset

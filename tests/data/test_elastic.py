@@ -6,9 +6,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dsmim.data.loader import train_loader
 from dsmim.data.shards import open_shards
 from tests.conftest import ROOT, make_shards, run
-from tests.data.loading import stream
+from tests.data.loading import dataset, digests, stream
 
 WORLDS, WORKERS = (1, 2, 4), (0, 2, 4)
 
@@ -84,7 +85,8 @@ def test_real_processes(shards, tmp_path):
         ranks = [json.loads((out / f"{rank}.json").read_text()) for rank in range(world)]
         return [sample for step in range(steps) for rank in ranks for sample in rank[step]]
 
-    straight = session(1, 0, 0, 8)
+    batches = train_loader(dataset(shards), 0, 8, 12, 1, 1, 0, 0, False)
+    straight = [sample for batch in batches for sample in digests(batch)]
     assert len(straight) == 96 and len(set(straight)) == 96  # augmented anew in the second epoch
     assert session(4, 2, 0, 3) + session(2, 4, 36, 5) == straight
 
