@@ -7,21 +7,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from torchvision.io import encode_png
 
-from dsmim.data.decode import Undecodable
+from dsmim.data.decode import Buffer, Undecodable
 from dsmim.data.order import Draw, Order, stream_key
 from dsmim.data.reader import DataError, ShardReader
 from dsmim.data.tar import IMAGE_EXTENSIONS
-from dsmim.data.transforms import seeded
+from dsmim.data.transforms import own_stream, reseed
 
 STAND_INS = 10  # neighbours tried in place of an undecodable image
 AHEAD = 4  # shards that an evaluation expects while it reads one
 _BLANK = encode_png(torch.zeros(3, 8, 8, dtype=torch.uint8)).numpy().tobytes()
 
 # encoded image and label → the tensors of one sample; runs under the sample's own random streams; raises Undecodable
-SampleTransform = Callable[[bytes, int | None], dict[str, Any]]
+SampleTransform = Callable[[Buffer, int | None], dict[str, Any]]
 
 
 class TarDataset(Dataset):
@@ -33,11 +33,19 @@ class TarDataset(Dataset):
         self._window: tuple[int, int] | None = None
 
     def __getitem__(self, position: int) -> dict[str, Any]:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: list[int]) -> list[dict[str, Any]]:
+        """What DataLoader asks for: the samples of a micro batch."""
+        with own_stream():
+            return [self._sample(position) for position in positions]
+
+    def _sample(self, position: int) -> dict[str, Any]:
         draw = self.order[position]
         self._expect(draw, position)
         faults: list[str] = []
         for attempt in range(STAND_INS):
-            here = self.order.draw_at(draw.sample + attempt, draw)
+            here = self.order.draw_at(draw.sample + attempt, draw) if attempt else draw
             key = stream_key(self.order.seed, "sample", here.epoch, here.sample, here.repeat)
             try:
                 sample = transformed(self.reader, here.shard, here.row, self.classes, self.transform, key)
@@ -66,7 +74,14 @@ class EvalDataset(Dataset):
         return int(self.ends[-1])
 
     def __getitem__(self, item: tuple[int, float]) -> dict[str, Any]:
-        sample, weight = item
+        return self.__getitems__([item])[0]
+
+    def __getitems__(self, items: list[tuple[int, float]]) -> list[dict[str, Any]]:
+        """What DataLoader asks for: (sample, weight) of a batch."""
+        with own_stream():
+            return [self._sample(*item) for item in items]
+
+    def _sample(self, sample: int, weight: float) -> dict[str, Any]:
         shard = int(np.searchsorted(self.ends, sample, side="right"))
         row = sample - int(self.ends[shard]) + self.reader.shards[shard].samples
         if shard != self._shard:
@@ -75,8 +90,7 @@ class EvalDataset(Dataset):
         try:
             tensors = transformed(self.reader, shard, row, self.classes, self.transform, None)
         except Undecodable as fault:
-            with seeded(0):
-                blank = {"key": str(row), **self.transform(_BLANK, 0)}
+            blank = {"key": str(row), **self.transform(_BLANK, 0)}
             return blank | {"weight": 0.0, "undecodable": [str(fault)] if weight else []}  # padding is not reported
         return tensors | {"weight": weight, "undecodable": []}
 
@@ -84,7 +98,7 @@ class EvalDataset(Dataset):
 def transformed(
     reader: ShardReader, shard: int, row: int, classes: int | None, transform: SampleTransform, stream: int | None
 ) -> dict[str, Any]:
-    """One sample's key and tensors; `stream` seeds its transform, None: from the key.
+    """One sample's key and tensors; `stream` seeds its transform, None: from the key. Call it within own_stream().
 
     Raises Undecodable for a bad image, DataError for a missing label or a changed shard.
     """
@@ -94,20 +108,20 @@ def transformed(
     if extension is None:
         raise DataError(f"{tar}: sample {key} has no image; index the shard again")
     label = None if classes is None else _label(tar, key, members, classes)
-    with seeded(stream_key("evaluation", key) if stream is None else stream):
-        try:
-            return {"key": key, **transform(members[extension], label)}
-        except Undecodable as error:
-            raise Undecodable(f"{tar}: {key}.{extension} cannot be decoded: {error}") from None
-
-
-def _label(tar: str, key: str, members: dict[str, bytes], classes: int) -> int:
+    reseed(stream_key("evaluation", key) if stream is None else stream)
     try:
-        label = int(members["cls"])
+        return {"key": key, **transform(members[extension], label)}
+    except Undecodable as error:
+        raise Undecodable(f"{tar}: {key}.{extension} cannot be decoded: {error}") from None
+
+
+def _label(tar: str, key: str, members: dict[str, memoryview], classes: int) -> int:
+    try:
+        label = int(bytes(members["cls"]))
     except KeyError:
         raise DataError(f"{tar}: sample {key} has no label ({key}.cls)") from None
     except ValueError:
-        raise DataError(f"{tar}: label {key}.cls is no whole number: {members['cls'][:20]!r}") from None
+        raise DataError(f"{tar}: label {key}.cls is no whole number: {bytes(members['cls'][:20])!r}") from None
     if not 0 <= label < classes:
         raise DataError(f"{tar}: label {key}.cls is {label}; task.num_classes {classes} allows 0 to {classes - 1}")
     return label
@@ -121,9 +135,17 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         if name == "undecodable":
             batch[name] = [fault for faults in values for fault in faults]
         elif isinstance(first, torch.Tensor):
-            batch[name] = torch.stack(values)
+            batch[name] = _stack(values)
         elif isinstance(first, (int, float)):
             batch[name] = torch.tensor(values)
         else:
             batch[name] = values
     return batch
+
+
+def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """torch's collation, which in a worker writes right into shared memory. Images (3, H, W) lie channels-last, as
+    decoders write them; stacking them so, too, is copying whole stretches."""
+    if tensors[0].ndim != 3:
+        return default_collate(tensors)
+    return default_collate([tensor.permute(1, 2, 0) for tensor in tensors]).permute(0, 3, 1, 2)

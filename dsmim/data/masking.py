@@ -23,7 +23,6 @@ def random_mask(img_size: int, mask_patch: int, model_patch: int, ratio: float) 
             f"patch ({model_patch})"
         )
     side, scale = img_size // mask_patch, mask_patch // model_patch
-    mask = torch.zeros(side * side, dtype=torch.bool)
-    mask[torch.randperm(side * side)[: mask_count(side * side, ratio)]] = True
-    mask = mask.view(side, side)  # (h, w) in mask patches
-    return mask.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    mask = torch.randperm(side * side) < mask_count(side * side, ratio)
+    cells = mask.view(side, 1, side, 1).expand(side, scale, side, scale)  # (h, s, w, s), h and w in mask patches
+    return cells.reshape(side * scale, side * scale)

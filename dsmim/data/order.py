@@ -10,6 +10,7 @@ Permutations are argsorts of Philox words: NumPy guarantees those bits across ve
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -75,10 +76,10 @@ class Order:
         epoch, rest = divmod(position, self.epoch_samples)
         place, repeat = divmod(rest, self.repeats)
         _, begins = self._epoch(epoch)
-        number = int(np.searchsorted(begins, place, side="right")) - 1
+        number = bisect_right(begins, place) - 1
         shards, rows = self._mixed(epoch, number)
-        shard, row = int(shards[place - begins[number]]), int(rows[place - begins[number]])
-        return Draw(epoch, shard, row, int(self.starts[shard]) + row, repeat, number)
+        shard, row = shards.item(place - begins[number]), rows.item(place - begins[number])
+        return Draw(epoch, shard, row, self.starts.item(shard) + row, repeat, number)
 
     def draw_at(self, sample: int, like: Draw) -> Draw:
         """The draw of another sample (counted over the data set, wrapping around) at the place of `like`."""
@@ -95,11 +96,11 @@ class Order:
         following = self._epoch(draw.epoch + 1)[0][: self.window]
         return [*shards[draw.window * self.window :].tolist(), *following.tolist()]
 
-    def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _permute_shards(self, epoch: int) -> tuple[np.ndarray, list[int]]:
         """The epoch's sequence of shards, and the place at which each window begins."""
         shards = permutation(len(self.counts), self.seed, "shards", epoch)
         ends = np.cumsum(self.counts[shards])
-        return shards, np.concatenate([[0], ends[self.window - 1 : -1 : self.window]])
+        return shards, [0, *ends[self.window - 1 : -1 : self.window].tolist()]
 
     def _permute_window(self, epoch: int, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(shard, row) of every place of a window."""

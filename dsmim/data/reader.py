@@ -39,12 +39,12 @@ class ShardReader:
         """Neither descriptors nor mappings travel between processes."""
         return self.__dict__ | {"_files": OrderedDict(), "_tables": OrderedDict()}
 
-    def read(self, shard: int, row: int) -> tuple[str, dict[str, bytes]]:
+    def read(self, shard: int, row: int) -> tuple[str, dict[str, memoryview]]:
         """Key and members (extension → bytes). Raises DataError when the shard is no longer what was indexed."""
         table, tar = self.table(shard), self.shards[shard].tar
         offset, length = table.place(row)
-        data = os.pread(self._file(shard), length, offset)
-        if len(data) < length:
+        data = bytearray(length)  # written by the system, sliced by the parser, decoded in place: never copied
+        if os.preadv(self._file(shard), [data], offset) < length:
             raise DataError(f"{tar}: has shrunk since it was opened; copy or build it again")
         try:
             key, members = parse_sample(data)

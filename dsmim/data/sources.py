@@ -48,7 +48,7 @@ class TarSource:
         if key != self.key:
             mend = f"run: dsmim shards index --force {shlex.quote(self.tar)}"
             raise ValueError(f"{self.tar}: has changed since it was indexed; {mend}")
-        return members
+        return {extension: bytes(data) for extension, data in members.items()}
 
 
 Source = FileSource | TarSource

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsmim.data.decode import Buffer
 from dsmim.models import create_model
 from dsmim.recipe import Recipe
 
@@ -25,9 +26,9 @@ class Task(ABC):
     """Parameter name → layer id, for layer-wise learning-rate decay."""
     classes: int | None = None
     """How many labels the samples must carry; None: none."""
-    train_sample: Callable[[bytes, int | None], Batch]
+    train_sample: Callable[[Buffer, int | None], Batch]
     """Encoded image and label → the tensors of one training sample; runs in a data worker."""
-    eval_sample: Callable[[bytes, int | None], Batch]
+    eval_sample: Callable[[Buffer, int | None], Batch]
 
     def check_micro_batch(self, size: int) -> None:
         """Raise ValueError for a micro batch that the task cannot train on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from dsmim.data.decode import Buffer
 from dsmim.data.transforms import Transform, eval_transform, normalise, train_transform
 from dsmim.models import layer_ids
 from dsmim.recipe import Recipe
@@ -16,7 +17,7 @@ class _LabelledSample:
     def __init__(self, transform: Transform):
         self.transform = transform
 
-    def __call__(self, image: bytes, label: int | None) -> Batch:
+    def __call__(self, image: Buffer, label: int | None) -> Batch:
         return {"image": self.transform(image), "label": label}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dsmim.data.decode import Buffer
 from dsmim.data.masking import random_mask
 from dsmim.data.transforms import Transform, eval_transform, normalise, train_transform
 from dsmim.models import SimMIM, layer_ids
@@ -18,7 +19,7 @@ class _MaskedSample:
         self.transform = transform
         self.mask_sizes = (recipe.model.img_size, recipe.task.mask_patch, model_patch, recipe.task.mask_ratio)
 
-    def __call__(self, image: bytes, label: int | None) -> Batch:
+    def __call__(self, image: Buffer, label: int | None) -> Batch:
         return {"image": self.transform(image), "mask": random_mask(*self.mask_sizes)}
 
 

@@ -115,7 +115,7 @@ def test_pipe_runs_when_it_is_allowed_by_name(tmp_path, capsys):
     assert main(["shards", "index", pipe, "--index-dir", str(tmp_path / "i")]) == 1
     assert "--allow-pipe" in capsys.readouterr().err
     assert main(["shards", "index", pipe, "--index-dir", str(tmp_path / "i"), "--allow-pipe", "--workers", "1"]) == 0
-    with pytest.raises(ValueError, match="data.allow_pipe=true"):
+    with pytest.raises(ValueError, match=r"data\.allow_pipe=true"):
         training_shards(Data(train=pipe, index_dir=str(tmp_path / "i")))
     data = Data(train=pipe, index_dir=str(tmp_path / "i"), cache_dir=str(tmp_path / "c"), allow_pipe=True)
     shards = training_shards(data)

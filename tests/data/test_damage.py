@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dsmim.data.dataset import TarDataset
-from dsmim.data.decode import MAX_PIXELS, Undecodable, decode
+from dsmim.data.decode import MAX_PIXELS, Undecodable, decode, image_size
 from dsmim.data.index import write_index
 from dsmim.data.loader import train_loader
 from dsmim.data.order import Order
@@ -110,10 +110,21 @@ def test_the_bytes_tell_the_format_not_the_name(tmp_path):
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded():
-    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(Undecodable, match=f"{MAX_PIXELS} are taken for"):
-        decode(bomb(10_000))
+    jpeg = bytearray(encoded(photo(), "JPEG"))
+    jpeg[(frame := jpeg.index(b"\xff\xc0")) + 5 : frame + 9] = struct.pack(">HH", 65_000, 65_000)
+    gif = bytearray(encoded(photo(), "GIF"))
+    gif[6:10] = struct.pack("<HH", 65_000, 65_000)
+    for data in (bomb(10_000), bytes(jpeg)):
+        with pytest.raises(Undecodable, match=f"{MAX_PIXELS} are taken for a decompression bomb"):
+            decode(data)
     with pytest.raises(Undecodable, match="decompression bomb"):
-        decode(bomb(40_000))
+        decode(bytes(gif))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_sizes_are_read_from_the_header(kind):
+    assert image_size(encoded(photo(), kind)) == (40, 48)
+    assert image_size(encoded(photo(), "JPEG", exif=b"x" * 30_000, comment=b"y" * 900, progressive=True)) == (40, 48)
 
 
 BAD_IMAGES = {

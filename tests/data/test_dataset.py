@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from torchvision.io import encode_png
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
 
 from dsmim.data.dataset import EvalDataset, collate
 from dsmim.data.decode import Undecodable, decode
@@ -148,3 +150,37 @@ def test_rand_augment_at_its_strongest_survives():
     for key in range(300):
         with seeded(key):
             assert transform(data).shape == (3, 24, 24)
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (500, 333), (40, 400), (500, 30), (7, 7)])
+@pytest.mark.parametrize(("scale", "ratio"), [((0.67, 1.0), (3 / 4, 4 / 3)), ((0.08, 1.0), (0.5, 2.0))])
+def test_crops_are_distributed_as_torchvision_s(shape, scale, ratio):
+    """Fallbacks included: for top, left, height and width the Kolmogorov-Smirnov distance of two samples of 2,000."""
+    ours = train_transform(Augment(crop_scale=scale, crop_ratio=ratio), 24).steps[0]
+    theirs = v2.RandomResizedCrop(24, scale, ratio)
+    image = torch.empty(3, *shape)
+    with seeded(0):
+        a = np.array([ours.box(*shape) for _ in range(2000)])
+        b = np.array([list(theirs.make_params([image]).values()) for _ in range(2000)])
+    assert np.all(a[:, :2] >= 0) and np.all(a[:, 0] + a[:, 2] <= shape[0]) and np.all(a[:, 1] + a[:, 3] <= shape[1])
+    for ours_sorted, theirs_sorted in zip(np.sort(a, 0).T, np.sort(b, 0).T, strict=True):
+        values = np.unique(np.concatenate([ours_sorted, theirs_sorted]))
+        shares = [np.searchsorted(part, values, side="right") / 2000 for part in (ours_sorted, theirs_sorted)]
+        assert np.abs(shares[0] - shares[1]).max() < 0.065  # 99.97 % quantile: 2.05 / sqrt(1000)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_resized_pixels_are_torchvision_s(mode):
+    image = torch.randint(256, (3, 90, 130), dtype=torch.uint8)
+    transform = train_transform(Augment(interpolation=mode, hflip=0.5), 24)
+    data, flips = encode_png(image).numpy().tobytes(), 0
+    for key in range(20):
+        with seeded(key):
+            ours = transform(data)
+        with seeded(key):
+            top, left, height, width = transform.steps[0].box(90, 130)
+            size, flip = [24, 24], torch.rand(1).item() < 0.5
+        theirs = TF.resized_crop(image, top, left, height, width, size, v2.InterpolationMode(mode), antialias=True)
+        assert torch.equal(ours, theirs.flip(-1) if flip else theirs)
+        flips += flip
+    assert 0 < flips < 20
