@@ -37,7 +37,7 @@ BATCH = 32
 SEED = 0
 PER_SHARD = 64
 SHUFFLE_WINDOW = 16  # shards; here all of them
-WORKER_BATCHES = 10  # timed per round; an even number, so that each of two workers makes half
+WORKER_BATCHES = 20  # timed per round; an even number, so that each of two workers makes half
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as both papers' code has them
 MASK_PATCH, MODEL_PATCH, MASK_RATIO = 32, 4, 0.6  # microsoft/SimMIM, simmim_pretrain__swin_base__img192_window6
 
@@ -123,9 +123,10 @@ class Shards:
 
 def make_shards(photos: Path, name: str, short_side: int | None) -> Shards:
     """Shards of the photographs, beside their folder; a former call's are kept."""
-    folder = photos.with_name(f"{photos.name}-{name}")
+    writing = Writing(per_shard=PER_SHARD, short_side=short_side)
+    folder = photos.with_name(f"{photos.name}-{name}" + (f"-q{writing.quality}" if short_side else ""))
     sources, classes = read_sources(str(photos))
-    build({"data": sources}, folder, classes, Writing(per_shard=PER_SHARD, short_side=short_side))
+    build({"data": sources}, folder, classes, writing)
     index_all([str(folder)], None, workers=1)  # the cache may stem from a version with another index
     return Shards(folder)
 

@@ -29,7 +29,7 @@ def _add_build(commands) -> None:
     build.add_argument("--split", type=splits, default={}, metavar="train=0.9,val=0.1", help="shares, one name each")
     build.add_argument("--per-shard", type=count, default=1000, help="images per shard (default: 1000)")
     build.add_argument("--short-side", type=count, help="shrink larger images to this short side, in pixels")
-    build.add_argument("--quality", type=quality, default=95, help="of the JPEGs that shrinking writes (default: 95)")
+    build.add_argument("--quality", type=quality, default=90, help="of the JPEGs that shrinking writes (default: 90)")
     build.add_argument("--skip-undecodable", action="store_true", help="leave images out that cannot be decoded")
     build.add_argument("--keys", type=Path, metavar="LIST", help="only the samples whose keys this file lists")
     build.add_argument("--without", type=Path, metavar="LIST", help="not the samples whose keys this file lists")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dsmim.data.decode import Buffer
-from dsmim.data.masking import random_mask
+from dsmim.data.masking import RandomMask
 from dsmim.data.transforms import Transform, eval_transform, normalise, train_transform
 from dsmim.models import SimMIM, layer_ids
 from dsmim.recipe import Recipe
@@ -17,10 +17,10 @@ class _MaskedSample:
 
     def __init__(self, recipe: Recipe, model_patch: int, transform: Transform):
         self.transform = transform
-        self.mask_sizes = (recipe.model.img_size, recipe.task.mask_patch, model_patch, recipe.task.mask_ratio)
+        self.mask = RandomMask(recipe.model.img_size, recipe.task.mask_patch, model_patch, recipe.task.mask_ratio)
 
     def __call__(self, image: Buffer, label: int | None) -> Batch:
-        return {"image": self.transform(image), "mask": random_mask(*self.mask_sizes)}
+        return {"image": self.transform(image), "mask": self.mask()}
 
 
 class MaskedImageModelling(Task):
@@ -36,7 +36,6 @@ class MaskedImageModelling(Task):
         augment, size, patch = recipe.data.augment, recipe.model.img_size, self.model.patch
         self.train_sample = _MaskedSample(recipe, patch, train_transform(augment, size))
         self.eval_sample = _MaskedSample(recipe, patch, eval_transform(augment, size))
-        random_mask(*self.train_sample.mask_sizes)  # raises for sizes that do not fit one another
 
     def training_loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         return forward(normalise(batch["image"]), batch["mask"])

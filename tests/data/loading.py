@@ -15,7 +15,7 @@ import torch
 
 from dsmim.data.dataset import TarDataset
 from dsmim.data.loader import train_loader
-from dsmim.data.masking import random_mask
+from dsmim.data.masking import RandomMask
 from dsmim.data.order import Order
 from dsmim.data.reader import ShardReader
 from dsmim.data.shards import open_shards
@@ -33,7 +33,7 @@ class SampleTransform:
         self.transform = train_transform(augment, 24)
 
     def __call__(self, data: bytes, label: int | None) -> dict:
-        return {"image": self.transform(data), "label": label or 0, "mask": random_mask(24, 4, 4, 0.6)}
+        return {"image": self.transform(data), "label": label or 0, "mask": RandomMask(24, 4, 4, 0.6)()}
 
 
 def dataset(folder, classes=3, seed=5, window=2, transform=None, repeats=1) -> TarDataset:

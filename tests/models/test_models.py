@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dsmim.data.masking import mask_count, random_mask
+from dsmim.data.masking import RandomMask, mask_count
 from dsmim.models import SimMIM, create_model, layer_ids, model_names
 from dsmim.models.simmim import sliding_norm
 from dsmim.models.weights import load_into
@@ -48,12 +48,12 @@ def test_mask_counts_are_rounded_up(patches, ratio, count):
 
 
 def test_mask_hides_whole_patches():
-    mask = random_mask(192, 32, 4, 0.6)
+    mask = RandomMask(192, 32, 4, 0.6)()
     assert mask.shape == (48, 48) and mask.sum() == 22 * 64
     blocks = mask.view(6, 8, 6, 8).permute(0, 2, 1, 3).reshape(36, 64)
     assert set(blocks.sum(dim=1).tolist()) == {0, 64}
     with pytest.raises(ValueError, match=r"task\.mask_patch"):
-        random_mask(192, 30, 4, 0.6)
+        RandomMask(192, 30, 4, 0.6)
 
 
 def slow_loss(model, images, mask):
@@ -75,7 +75,7 @@ def test_simmim_loss_against_a_slow_formula(window):
     torch.manual_seed(0)
     model = SimMIM(create_model("swinv2_nano", img_size=32, window_size=4), target_window=window).eval()
     images = torch.randn(2, 3, 32, 32)
-    mask = torch.stack([random_mask(32, 8, 4, 0.5), random_mask(32, 8, 4, 0.3)])  # unequal counts
+    mask = torch.stack([RandomMask(32, 8, 4, 0.5)(), RandomMask(32, 8, 4, 0.3)()])  # unequal counts
     loss = model(images, mask)
     assert loss.item() == pytest.approx(slow_loss(model, images, mask), rel=1e-5)
     sums = model(images, mask, reduction="image_sum")
@@ -87,7 +87,7 @@ def test_hidden_tokens_are_replaced_by_the_mask_token():
     """What lies under the mask must not reach the prediction."""
     torch.manual_seed(0)
     model = SimMIM(create_model("swinv2_nano", img_size=32, window_size=4)).eval()
-    images, mask = torch.randn(1, 3, 32, 32), random_mask(32, 8, 4, 0.5)[None]
+    images, mask = torch.randn(1, 3, 32, 32), RandomMask(32, 8, 4, 0.5)()[None]
     changed = images + 100 * model.hidden_pixels(mask)
     assert torch.equal(model.reconstruct(images, mask), model.reconstruct(changed, mask))
     with pytest.raises(ValueError, match="mask has shape"):
