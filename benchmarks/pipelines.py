@@ -29,7 +29,8 @@ from dsmim.data.reader import ShardReader
 from dsmim.data.shard_writer import Writing, build
 from dsmim.data.shards import index_all, open_shards
 from dsmim.data.sources import read_sources
-from dsmim.data.transforms import own_stream, reseed, train_transform
+from dsmim.data.streams import own_stream, reseed
+from dsmim.data.transforms import train_transform
 from dsmim.recipe import Recipe
 from dsmim.tasks import build_task
 

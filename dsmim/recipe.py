@@ -103,6 +103,9 @@ class Augment(Section):
     """Area of the random resized crop, as a share of the image."""
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    decode: Literal["exact", "scaled"] = "exact"
+    """scaled: a JPEG of which the crop has at least twice the input's side is decoded at 1/2, 1/4 or 1/8 (by libjpeg's
+    DCT): faster on large photographs, and not quite the same pixels."""
     hflip: Share = 0.5
     vflip: Share = 0.0
     rand_augment: Annotated[str, Field(pattern=r"^rand(-[a-z]+[\d.]*)*$")] | None = None

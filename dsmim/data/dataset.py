@@ -13,8 +13,8 @@ from torchvision.io import encode_png
 from dsmim.data.decode import Buffer, Undecodable
 from dsmim.data.order import Draw, Order, stream_key
 from dsmim.data.reader import DataError, ShardReader
+from dsmim.data.streams import own_stream, reseed
 from dsmim.data.tar import IMAGE_EXTENSIONS
-from dsmim.data.transforms import own_stream, reseed
 
 STAND_INS = 10  # neighbours tried in place of an undecodable image
 AHEAD = 4  # shards that an evaluation expects while it reads one

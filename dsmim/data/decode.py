@@ -34,9 +34,7 @@ def decode(data: Buffer) -> torch.Tensor:
     ImageFolder, through which the published models were trained. Raises Undecodable with what both decoders said, and
     for more than MAX_PIXELS.
     """
-    height, width = image_size(data)
-    if width * height > MAX_PIXELS:
-        raise Undecodable(f"{width} × {height} pixels; more than {MAX_PIXELS} are taken for a decompression bomb")
+    image_size(data)
     try:
         image = decode_image(_tensor(data), ImageReadMode.RGB)
     except (RuntimeError, ValueError) as first:
@@ -49,16 +47,23 @@ def decode(data: Buffer) -> torch.Tensor:
 
 
 def image_size(data: Buffer) -> tuple[int, int]:
-    """(height, width) as the header tells. Raises Undecodable when there is none.
+    """(height, width) as the header tells. Raises Undecodable when there is none, and for more than MAX_PIXELS.
 
     JPEG and PNG are read here, because Pillow takes a fiftieth of decoding's time to open one.
     """
     size = None
-    if data[:3] == _JPEG:
+    if is_jpeg(data):
         size = _jpeg_size(data)
     elif data[:8] == _PNG and len(data) >= 24:
         size = struct.unpack_from(">II", data, 16)[::-1]
-    return size or _size_by_pillow(data)
+    height, width = size or _size_by_pillow(data)
+    if width * height > MAX_PIXELS:
+        raise Undecodable(f"{width} × {height} pixels; more than {MAX_PIXELS} are taken for a decompression bomb")
+    return height, width
+
+
+def is_jpeg(data: Buffer) -> bool:
+    return data[:3] == _JPEG
 
 
 def _jpeg_size(data: Buffer) -> tuple[int, int] | None:

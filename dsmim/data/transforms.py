@@ -2,62 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms import str_to_pil_interp
-from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
+from dsmim.data.crop import RandomResizedCrop
 from dsmim.data.decode import Buffer, decode
+from dsmim.data.streams import fresh_key, seeded
 from dsmim.recipe import Augment
 
 Transform = Callable[[Buffer], torch.Tensor]
 """An encoded image → (3, img_size, img_size) uint8. Raises Undecodable."""
 
 
-@contextmanager
-def own_stream():
-    """What draws inside from torch's CPU generator leaves the caller's stream untouched."""
-    state = torch.default_generator.get_state()
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(state)
-
-
-def reseed(key: int) -> None:
-    """Begin the CPU's random stream of that key; torch.manual_seed would reseed a GPU's too, the model's."""
-    torch.default_generator.manual_seed(key)
-
-
-@contextmanager
-def seeded(key: int):
-    """Python's, NumPy's and torch's CPU generators, seeded by `key`; the caller's streams are left untouched."""
-    python, numpy_state = random.getstate(), np.random.get_state()
-    with own_stream():
-        random.seed(key)
-        np.random.seed(key % 2**32)
-        reseed(key)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy_state)
-
-
 def train_transform(augment: Augment, img_size: int) -> Transform:
     """Random resized crop, flips, RandAugment and random erasing, on uint8."""
-    steps = [_RandomResizedCrop(augment, img_size)]
+    steps = [RandomResizedCrop(augment, img_size)]
     steps += [_RandomFlip(augment.hflip, dim=-1)] if augment.hflip else []
     steps += [_RandomFlip(augment.vflip, dim=-2)] if augment.vflip else []
     steps += [_RandAugment(augment, img_size)] if augment.rand_augment else []
@@ -97,51 +65,12 @@ class _Steps:
         return image
 
 
-class _RandomResizedCrop:
-    """Decodes, crops, resizes. The boxes are distributed as those of torchvision's RandomResizedCrop, whose own way of
-    drawing and cropping takes a tenth of decoding's time."""
-
-    def __init__(self, augment: Augment, img_size: int):
-        self.size, self.mode = [img_size, img_size], augment.interpolation
-        self.scale, self.ratio = tuple(augment.crop_scale), tuple(augment.crop_ratio)
-        self.log_ratio = [math.log(ratio) for ratio in self.ratio]
-
-    def __call__(self, data: Buffer) -> torch.Tensor:
-        image = decode(data)
-        top, left, height, width = self.box(*image.shape[-2:])
-        crop = image[:, top : top + height, left : left + width]
-        # A batch dimension with a stride of its own tells torch that the crop is channels-last; otherwise it writes
-        # channels-first, which takes a third longer (pytorch issue 68430).
-        crop = crop.as_strided((1, *crop.shape), (image.numel(), *crop.stride()))
-        return interpolate(crop, self.size, mode=self.mode, antialias=True)[0]
-
-    def box(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """(top, left, height, width) of a crop: area and logarithm of the ratio uniform, ten tries; then the place."""
-        for _ in range(10):
-            a, r, y, x = torch.rand(4).tolist()  # at once: a call to torch costs as much as all the arithmetic here
-            area = height * width * (self.scale[0] + a * (self.scale[1] - self.scale[0]))
-            ratio = math.exp(self.log_ratio[0] + r * (self.log_ratio[1] - self.log_ratio[0]))
-            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if 0 < w <= width and 0 < h <= height:
-                return int(y * (height - h + 1)), int(x * (width - w + 1)), h, w
-        return self._central(height, width)
-
-    def _central(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Of an image so long that no crop fits: the middle, at the nearest ratio allowed."""
-        h, w = height, width
-        if width / height < self.ratio[0]:
-            h = round(width / self.ratio[0])
-        elif width / height > self.ratio[1]:
-            w = round(height * self.ratio[1])
-        return (height - h) // 2, (width - w) // 2, h, w
-
-
 class _RandomFlip:
     def __init__(self, share: float, dim: int):
         self.share, self.dim = share, dim
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        return image.flip(self.dim) if torch.rand(1).item() < self.share else image
+        return image.flip(self.dim) if random.random() < self.share else image
 
 
 class _RandAugment:
@@ -159,7 +88,7 @@ class _RandAugment:
                 operation.aug_fn = _posterize
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        with seeded(int(torch.randint(2**62, ()))):
+        with seeded(fresh_key()):
             return TF.pil_to_tensor(self.augment(TF.to_pil_image(image)))
 
 
@@ -181,8 +110,12 @@ class _RandomErasing:
         self.box = v2.RandomErasing(p=1.0, scale=(0.02, 1 / 3), ratio=(0.3, 3.3))
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        if torch.rand(()) >= self.share:
+        if random.random() >= self.share:
             return image
+        with seeded(fresh_key()):
+            return self._erase(image)
+
+    def _erase(self, image: torch.Tensor) -> torch.Tensor:
         box = self.box.make_params([image])
         if box["v"] is None:  # no rectangle fitted in ten tries
             return image

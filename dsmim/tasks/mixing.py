@@ -12,7 +12,7 @@ import torch
 from timm.data.mixup import cutmix_bbox_and_lam
 
 from dsmim.data.order import stream_key
-from dsmim.data.transforms import seeded
+from dsmim.data.streams import seeded
 from dsmim.recipe import ClassifyTask
 
 

@@ -15,7 +15,8 @@ from dsmim.data.index import write_index
 from dsmim.data.loader import eval_loader, train_loader
 from dsmim.data.reader import DataError, ShardReader
 from dsmim.data.shards import open_shards
-from dsmim.data.transforms import eval_transform, normalise, seeded, train_transform
+from dsmim.data.streams import seeded
+from dsmim.data.transforms import eval_transform, normalise, train_transform
 from dsmim.recipe import Augment
 from tests.conftest import image_bytes, write_tar
 from tests.data.loading import dataset
@@ -179,8 +180,34 @@ def test_resized_pixels_are_torchvision_s(mode):
             ours = transform(data)
         with seeded(key):
             top, left, height, width = transform.steps[0].box(90, 130)
-            size, flip = [24, 24], torch.rand(1).item() < 0.5
+            size, flip = [24, 24], random.random() < 0.5
         theirs = TF.resized_crop(image, top, left, height, width, size, v2.InterpolationMode(mode), antialias=True)
         assert torch.equal(ours, theirs.flip(-1) if flip else theirs)
         flips += flip
     assert 0 < flips < 20
+
+
+def test_scaled_decoding_sees_the_same_crops_a_little_differently():
+    """Only where the crop has twice the input's side; smaller images stay exact."""
+    y, x = np.mgrid[0:260, 0:300]
+    waves = np.stack([127 + 120 * np.sin(x / 23 + c) * np.cos(y / 31) for c in range(3)], axis=-1).astype(np.uint8)
+    for shape, differs in (((260, 300), True), ((60, 60), False)):
+        buffer = io.BytesIO()
+        Image.fromarray(waves[: shape[0], : shape[1]]).save(buffer, "JPEG", quality=95)
+        exact, scaled = (train_transform(Augment(decode=how), 48) for how in ("exact", "scaled"))
+        for key in range(10):
+            with seeded(key):
+                a = exact(buffer.getvalue()).int()
+            with seeded(key):
+                b = scaled(buffer.getvalue()).int()
+            assert a.shape == b.shape == (3, 48, 48)
+            assert torch.equal(a, b) != differs and (a - b).abs().float().mean() < 2.5
+
+
+def test_scaled_decoding_names_damage(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)).save(buffer, "JPEG")
+    transform = train_transform(Augment(decode="scaled"), 24)
+    with pytest.raises(Undecodable, match="truncated"):
+        transform(buffer.getvalue()[:3000])
+    assert transform(image_bytes(3, side=90)).shape == (3, 24, 24)  # PNG: as ever
