@@ -1,10 +1,12 @@
 """What a worker does to a sample: decoding, the sample's own randomness, stand-ins, labels."""
 
+import io
 import random
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.io import encode_png
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
