@@ -1,4 +1,4 @@
-"""The README's commands, run as they stand there (training cut to two steps)."""
+"""The README's commands, and those of docs/data.md, run as they stand there (training cut to two steps)."""
 
 import re
 import shlex
@@ -13,7 +13,14 @@ SHORT = (
     "batch.global_batch=4 data.workers=0"
 )
 TEXT = (ROOT / "README.md").read_text()
-LINES = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
+DATA = (ROOT / "docs/data.md").read_text()
+
+
+def commands(text: str) -> list[str]:
+    return [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+
+
+LINES = commands(TEXT)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +49,23 @@ def test_command(home, line):
     done = run(*words, cwd=home)
     if "train" in words:
         assert "step 2/2" in done.stderr or "step 2/2" in done.stdout
+
+
+def test_the_data_page_s_commands(home, tmp_path):
+    """In order, in a folder of their own."""
+    (tmp_path / "my_images").symlink_to(home / "my_images")
+    assert len(commands(DATA)) == 5
+    for line in commands(DATA):
+        run(*shlex.split(line), cwd=tmp_path)
+    keys = {line.split("\t")[0] for line in (tmp_path / "half.txt").read_text().splitlines()}
+    assert len(keys) == 9  # of 18
+
+
+def test_the_data_page_s_webdataset_example(home, tmp_path, monkeypatch, capsys):
+    run("dsmim", "shards", "build", home / "my_images", tmp_path / "shards", "--name", "train")
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(.*?)```", DATA, re.S)[1], {})
+    assert len(capsys.readouterr().out.splitlines()) == 20
 
 
 def test_library_example():

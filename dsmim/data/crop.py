@@ -65,7 +65,7 @@ class RandomResizedCrop:
         return interpolate(crop, self.size, mode=self.mode, antialias=True)[0]
 
     def _scaled(self, data: Buffer) -> torch.Tensor:
-        """The same crop out of a JPEG decoded at 1/2, 1/4 or 1/8 where at least the output's pixels are left of it."""
+        """The same crop, to half a pixel, of a JPEG decoded at 1/2, 1/4 or 1/8 where it keeps the output's pixels."""
         full_height, full_width = image_size(data)
         box = self.box(full_height, full_width)
         factor = min(box[2:]) // self.size[0]
@@ -75,12 +75,12 @@ class RandomResizedCrop:
             with Image.open(io.BytesIO(data)) as image:
                 image.draft("RGB", (full_width // factor, full_height // factor))  # the next larger of libjpeg's sizes
                 y, x = image.height / full_height, image.width / full_width
-                top, left, height, width = box
-                edges = (left * x, top * y, (left + width) * x, (top + height) * y)
-                method = Image.Resampling[self.mode.upper()]
-                return TF.pil_to_tensor(image.convert("RGB").resize(self.size, method, edges))
+                small = TF.pil_to_tensor(image.convert("RGB"))
         except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for damaged files
             raise Undecodable(str(error)) from None
+        top, left = round(box[0] * y), round(box[1] * x)
+        bottom, right = round((box[0] + box[2]) * y), round((box[1] + box[3]) * x)
+        return self._resize(small, (top, left, bottom - top, right - left))
 
 
 def _uniform(low: float, high: float) -> float:

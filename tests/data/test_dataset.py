@@ -203,7 +203,7 @@ def test_scaled_decoding_sees_the_same_crops_a_little_differently():
             with seeded(key):
                 b = scaled(buffer.getvalue()).int()
             assert a.shape == b.shape == (3, 48, 48)
-            assert torch.equal(a, b) != differs and (a - b).abs().float().mean() < 2.5
+            assert torch.equal(a, b) != differs and (a - b).abs().float().mean() < 8
 
 
 def test_scaled_decoding_names_damage(tmp_path):
