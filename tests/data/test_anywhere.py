@@ -10,21 +10,21 @@ import yaml
 
 from dsmim.cli import main
 from dsmim.data.from_recipe import open_reader, training_shards
+from dsmim.data.index import fingerprint
 from dsmim.data.order import Order
+from dsmim.data.reader import ShardReader
 from dsmim.data.shards import index_all, open_shards
 from dsmim.data.verify import verify_all
 from dsmim.recipe import Data
 from tests.conftest import dsmim, make_shards, tiny_recipe, two_ranks
-from tests.data.test_remote import serving
 
 
 @pytest.fixture
-def server(shards):
+def server(server, shards):
     """Serves the training shards without their indexes."""
-    with serving() as server:
-        for tar in sorted(shards.glob("train-*.tar")):
-            server.add(f"/{tar.name}", tar.read_bytes())
-        yield server
+    for tar in sorted(shards.glob("train-*.tar")):
+        server.add(f"/{tar.name}", tar.read_bytes())
+    return server
 
 
 def urls(server) -> str:
@@ -81,15 +81,15 @@ def test_upcoming_shards_are_fetched_before_they_are_needed(server, tmp_path):
         assert reader.read(draw.shard, draw.row)[0]
 
 
-def test_what_is_missing_is_named(server, tmp_path, capsys):
+def test_what_is_missing_is_named(server, tmp_path):
     def error(**changes) -> str:
-        recipe = tiny_recipe(tmp_path)
-        recipe["data"] = {"train": urls(server), "workers": 0, "shuffle_window": 2} | changes
-        (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
-        return dsmim("train", tmp_path / "r.yaml", "--run-dir", tmp_path / "run", check=False).stderr
+        data = Data(train=urls(server), shuffle_window=2, **changes)
+        with pytest.raises(ValueError) as caught:
+            open_reader(data, training_shards(data), data.shuffle_window)
+        return str(caught.value)
 
-    assert "the indexes of remote shards lie in a local folder: data.index_dir=DIR" in error()
     index = {"index_dir": str(tmp_path / "i")}
+    assert "the indexes of remote shards lie in a local folder: data.index_dir=DIR" in error()
     assert re.search(r"has no index .*run: dsmim shards index http://", error(**index))
     index_all([urls(server)], str(tmp_path / "i"), workers=1)
     assert "data.cache_dir: missing" in error(**index)
@@ -121,6 +121,18 @@ def test_pipe_runs_when_it_is_allowed_by_name(tmp_path, capsys):
     shards = training_shards(data)
     assert [index.samples for index in shards] == [3, 4]
     assert open_reader(data, shards, 2).read(1, 3)[0] == "k00006"
+
+
+def test_shards_in_a_bucket(bucket, shards, tmp_path):
+    for tar in shards.glob("train-*.tar"):
+        bucket.put_object(Bucket="shards", Key=f"set/{tar.name}", Body=tar.read_bytes())
+    there = "s3://shards/set/train-{000..004}.tar"
+    index_all([there], str(tmp_path / "i"), workers=1)
+    data = Data(train=there, index_dir=str(tmp_path / "i"), cache_dir=str(tmp_path / "c"))
+    local = open_shards(f"{shards}/train-*.tar")
+    indexes = training_shards(data)
+    assert fingerprint(indexes) == fingerprint(local)
+    assert open_reader(data, indexes, 2).read(3, 5) == ShardReader(local).read(3, 5)
 
 
 def test_a_glob_in_an_url_is_refused():

@@ -17,18 +17,10 @@ import pytest
 
 from dsmim.data.cache import ShardCache
 from tests.conftest import environment
-from tests.data.test_remote import serving
 
 SIZE = 200_000
 QUICK = {"first_wait": 0.01, "timeout": 5.0}
 fork = multiprocessing.get_context("fork")
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serving() as server:
-        yield server
 
 
 @pytest.fixture
