@@ -169,7 +169,7 @@ def _walk(shards: list, order: Order, steps: int) -> dict[str, float]:
     reader, me = ShardReader(shards, keep=2 * WINDOW), psutil.Process()
     before, readings = me.memory_full_info(), []
     for step in range(steps):
-        for position in rank_positions(step * BATCH, BATCH, RANKS, step % RANKS):
+        for position in rank_positions(step * BATCH, BATCH, RANKS, rank=0):
             draw = order[position]
             table = reader.table(draw.shard)
             table.place(draw.row), table.keys[draw.row]
