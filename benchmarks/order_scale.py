@@ -216,6 +216,7 @@ def _in_process_forked(function, *arguments):
     receive, send = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=lambda: send.send(function(*arguments)))
     process.start()
+    send.close()  # so that a child's death ends the wait
     result = receive.recv()
     process.join()
     return result

@@ -17,6 +17,9 @@ from dsmim.cli_words import count as _count
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; gives the exit status. What a user can mend ends in one message and status 1."""
     options = _parse(arguments)
+    for stream in (sys.stdout, sys.stderr):  # keys are whatever bytes file names were
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="surrogateescape")
     try:
         return options.run(options) or 0
     except BrokenPipeError:  # `dsmim samples … | head`

@@ -81,10 +81,14 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
 def _build(options) -> None:
     from dsmim.data.shard_writer import Writing, build
     from dsmim.data.sources import filter_sources, read_sources, split_sources
+    from dsmim.data.subset import read_list
 
     sources, classes = read_sources(options.source, options.root, options.index_dir)
     if options.keys or options.without:
-        sources = filter_sources(sources, *(_lines(path) for path in (options.keys, options.without)))
+        lists = (
+            path and [line.partition("\t")[0] for line in read_list(path)] for path in (options.keys, options.without)
+        )
+        sources = filter_sources(sources, *lists)
     seed = None if options.no_shuffle else options.seed
     parts = split_sources(sources, options.split or {options.name: 1.0}, seed)
     writing = Writing(options.per_shard, options.short_side, options.quality, options.skip_undecodable)
@@ -93,11 +97,6 @@ def _build(options) -> None:
         print(f"left out: {line}")
     images, there = sum(index.samples for index in built.shards), len(built.shards) - built.written
     print(f"{images} images in {len(built.shards)} shards under {options.out}" + (f", {there} kept" if there else ""))
-
-
-def _lines(path: Path | None) -> list[str] | None:
-    """Keys; what stands behind a tab is the shard's name."""
-    return [line.partition("\t")[0] for line in path.read_text().splitlines() if line] if path else None
 
 
 def _index(options) -> None:
@@ -121,7 +120,7 @@ def _verify(options) -> int:
 
 def _subset(options) -> None:
     from dsmim.data.shards import open_shards
-    from dsmim.data.subset import choose, find, write_list, write_rows
+    from dsmim.data.subset import choose, find, read_list, write_list, write_rows
 
     if not options.fraction and (options.balanced or options.seed is not None):
         raise ValueError("--seed and --balanced say how to draw a --fraction; without it the list is only looked up")
@@ -132,6 +131,6 @@ def _subset(options) -> None:
         rows, unique = choose(shards, options.fraction, options.seed or 0, options.balanced, options.workers)
         write_list(options.list, shards, rows, unique)
     else:
-        rows = find(shards, options.list.read_text().splitlines())
+        rows = find(shards, read_list(options.list))
     write_rows(options.list, shards, rows)
     print(f"{sum(map(len, rows))} of {sum(shard.samples for shard in shards)} samples in {options.list}")

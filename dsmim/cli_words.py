@@ -34,7 +34,7 @@ def share(text: str) -> Fraction:
     """A share above 0 up to 1, exact: 0.29 of 100 is 29, which it is not in floating point."""
     try:
         value = Fraction(text)
-    except ValueError:
+    except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} does not lie between 0 and 1")

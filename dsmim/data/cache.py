@@ -28,7 +28,8 @@ from pathlib import Path
 from dsmim.data import remote
 
 Shard = tuple[str, int, str]  # URL, bytes, SHA-256
-_WHOLE = re.compile(r"[0-9a-f]{64}\.tar")  # nothing else in the folder is ever evicted
+_WHOLE = re.compile(r"[0-9a-f]{64}\.tar")  # nothing else in the folder is ever evicted,
+_PART = re.compile(r"[0-9a-f]{64}\.(\d+)\.part")  # or swept
 _POLL = 0.1  # seconds between looks whether there is room now
 
 
@@ -94,7 +95,8 @@ class ShardCache:
         if os.fstat(descriptor).st_size != size:  # somebody wrote into it, or the index tells something else
             os.close(descriptor)
             return None
-        os.utime(descriptor)
+        with suppress(OSError):  # another user's file: it counts as old as it is
+            os.utime(descriptor)
         return descriptor
 
     def _fetch(self, url: str, size: int, sha256: str, keep: Collection[str] | None = None) -> int | None:
@@ -143,17 +145,21 @@ class ShardCache:
 
     def _sweep(self, own: str) -> None:
         """Remove the parts of killed processes: those of our own shard, and those whose lock is free."""
-        for part in self.folder.glob("*.part"):
+        for part in self._parts():
             digest = part.name.partition(".")[0]
             with _lock(self.folder / f"{digest}.lock", wait=False) as held:
                 if held or digest == own:
                     part.unlink(missing_ok=True)
 
+    def _parts(self) -> list[Path]:
+        return [path for path in self.folder.iterdir() if _PART.fullmatch(path.name)]
+
     def _make_room(self, size: int, keep: Collection[str]) -> bool:
         """Evict the shards that nobody used for longest, until the bound and the disk have room for `size` bytes."""
+        used = sum(int(_PART.fullmatch(part.name)[1]) for part in self._parts())
+        # Parts first: one that becomes a whole shard meanwhile is counted twice, and not overlooked.
         shards = [(path.stat(), path) for path in self.folder.iterdir() if _WHOLE.fullmatch(path.name)]
-        used = sum(stat.st_size for stat, _ in shards)
-        used += sum(int(part.name.split(".")[1]) for part in self.folder.glob("*.*.part"))
+        used += sum(stat.st_size for stat, _ in shards)
         for stat, path in sorted(shards, key=lambda shard: shard[0].st_mtime_ns):
             if used + size <= self.max_bytes and shutil.disk_usage(self.folder).free >= size:
                 break

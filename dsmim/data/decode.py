@@ -6,7 +6,7 @@ import io
 import struct
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as TF
 
@@ -26,24 +26,22 @@ class Undecodable(ValueError):
 
 
 def decode(data: Buffer) -> torch.Tensor:
-    """(3, H, W) uint8 RGB, in channels-last memory. torchvision's decoders first; Pillow for what they do not know
-    (BMP, TIFF, CMYK).
+    """(3, H, W) uint8 RGB, in channels-last memory: JPEG and WebP by torchvision, all else, and what it refuses, by
+    Pillow. (torchvision's PNG decoder brings the process down on a damaged file, its GIF decoder decodes every frame.)
 
     The bytes tell the format, not the name. 16-bit images are scaled to 8; of an animation the first frame is taken;
     alpha is dropped and a palette looked up, as Pillow does it; an EXIF orientation is not applied, as in torchvision's
-    ImageFolder, through which the published models were trained. Raises Undecodable with what both decoders said, and
-    for more than MAX_PIXELS.
+    ImageFolder, through which the published models were trained. Raises Undecodable with what the decoder said, and for
+    more than MAX_PIXELS.
     """
     image_size(data)
+    if not (is_jpeg(data) or bytes(data[8:12]) == b"WEBP"):
+        return _by_pillow(data)
     try:
         image = decode_image(_tensor(data), ImageReadMode.RGB)
-    except (RuntimeError, ValueError) as first:
-        try:
-            return TF.pil_to_tensor(open_rgb(data))
-        except Exception as second:
-            raise Undecodable(f"{str(first).splitlines()[0]} | {second}") from None
-    image = image[0] if image.ndim == 4 else image
-    return image if image.dtype == torch.uint8 else (image.int() // 257).byte()
+    except (RuntimeError, ValueError):
+        return _by_pillow(data)
+    return image[0] if image.ndim == 4 else image
 
 
 def image_size(data: Buffer) -> tuple[int, int]:
@@ -57,6 +55,8 @@ def image_size(data: Buffer) -> tuple[int, int]:
     elif data[:8] == _PNG and len(data) >= 24:
         size = struct.unpack_from(">II", data, 16)[::-1]
     height, width = size or _size_by_pillow(data)
+    if not height or not width:
+        raise Undecodable(f"{width} × {height} pixels")
     if width * height > MAX_PIXELS:
         raise Undecodable(f"{width} × {height} pixels; more than {MAX_PIXELS} are taken for a decompression bomb")
     return height, width
@@ -81,8 +81,17 @@ def _size_by_pillow(data: Buffer) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.height, image.width
+    except UnidentifiedImageError:  # its own words hold an address in memory
+        raise Undecodable("no known image format" if len(data) else "it is empty") from None
     except Exception as error:  # Pillow's plug-ins raise what they like on rubbish
-        raise Undecodable(str(error) if len(data) else "it is empty") from None
+        raise Undecodable(str(error)) from None
+
+
+def _by_pillow(data: Buffer) -> torch.Tensor:
+    try:
+        return TF.pil_to_tensor(open_rgb(data))
+    except Exception as error:  # as above
+        raise Undecodable(str(error)) from None
 
 
 def _tensor(data: Buffer) -> torch.Tensor:

@@ -91,15 +91,31 @@ class ShardIndex:
         table = Table(blocks, keys, labels)
         return table if self.rows is None else table.take(read_rows(self.rows))
 
+    @property
+    def mend(self) -> str:
+        """What to run when the shard has changed on purpose."""
+        index_dir = "" if self.file == self.tar + SUFFIX else str(Path(self.file).parent)
+        return _mend(self.tar, index_dir, "--force ")
+
 
 def read_rows(rows: Rows) -> np.ndarray:
-    """(end - begin,) row numbers."""
-    from safetensors import safe_open
+    """(end - begin,) row numbers. Raises ValueError when the subset has changed since it was opened."""
+    from safetensors import SafetensorError, safe_open
 
     if rows.begin == rows.end:  # which safetensors refuses to slice
         return np.zeros(0, np.uint32)
-    with safe_open(rows.file, "np") as file:
-        return file.get_slice("rows")[rows.begin : rows.end]
+    try:
+        with safe_open(rows.file, "np") as file:
+            if file.metadata()["digest"] == rows.digest:
+                return file.get_slice("rows")[rows.begin : rows.end]
+    except (OSError, SafetensorError):
+        pass
+    raise ValueError(f"{rows.file}: changed since it was opened; start again")
+
+
+def shard_name(tar: str) -> str:
+    """The file's name; of a URL without its query, because a signed one changes with every signature."""
+    return _folder_and_name(tar)[1]
 
 
 def index_file(tar: str, index_dir: str | Path | None = None) -> str:
@@ -148,7 +164,10 @@ def write_sidecar(tar: str, path: str, samples: list[Sample], tar_bytes: int, sh
     labels = zlib.compress(np.array([s.label for s in samples], "<i4").tobytes(), 9)
     about = {"dsmim_index": VERSION, "samples": len(samples), "tar_bytes": tar_bytes, "sha256": sha256}
     about |= {"key_bytes": len(keys), "label_bytes": len(labels)}
-    write_atomically(Path(path), json.dumps(about).encode().ljust(PAGE) + blocks.tobytes() + keys + labels)
+    try:
+        write_atomically(Path(path), json.dumps(about).encode().ljust(PAGE) + blocks.tobytes() + keys + labels)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror}); choose a folder by --index-dir") from None
     return ShardIndex(tar, path, len(samples), tar_bytes, sha256, len(samples), len(keys))
 
 
@@ -170,7 +189,7 @@ def read_index(tar: str | Path, index_dir: str | Path | None = None) -> ShardInd
     """
     tar = str(tar)
     path = index_file(tar, index_dir)
-    mend = f"run: dsmim shards index {shlex.quote(tar)}" + (f" --index-dir {index_dir}" if index_dir else "")
+    mend = _mend(tar, index_dir)
     try:
         descriptor = os.open(path, os.O_RDONLY)  # file objects and Path would take most of the time
         try:
@@ -179,7 +198,7 @@ def read_index(tar: str | Path, index_dir: str | Path | None = None) -> ShardInd
             os.close(descriptor)
     except FileNotFoundError:
         raise ValueError(f"{tar}: has no index ({path}); {mend}") from None
-    index = _parse_page(page, sidecar.st_size, tar, path, mend)
+    index = parse_page(page, sidecar.st_size, tar, path, mend)
     if not is_remote(tar):
         _check_tar(index, os.stat(tar), sidecar, mend)  # noqa: PTH116 - as above
     return index
@@ -187,19 +206,22 @@ def read_index(tar: str | Path, index_dir: str | Path | None = None) -> ShardInd
 
 def fingerprint(indexes: list[ShardIndex]) -> str:
     """One digest of the whole data set: shards in order, their contents and which samples are in use."""
-    lines = [f"{os.path.basename(index.tar)} {index.samples} {index.sha256}" for index in indexes]  # noqa: PTH119
+    lines = [f"{shard_name(index.tar)} {index.samples} {index.sha256}" for index in indexes]
     lines += [indexes[0].rows.digest] if indexes[0].rows else []
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()
 
 
-def _parse_page(page: bytes, size: int, tar: str, path: str, mend: str) -> ShardIndex:
+def parse_page(page: bytes, size: int, tar: str, path: str, mend: str) -> ShardIndex:
+    """The index that a sidecar of `size` bytes begins with. Raises ValueError, ending with `mend`, when it is none."""
     try:
-        about = json.loads(page)
-        version, samples = about["dsmim_index"], about["samples"]
-    except (ValueError, KeyError):
+        about = json.loads(page[:PAGE])
+        if about["dsmim_index"] != VERSION:
+            raise ValueError(f"{path}: was written by another version of dsmim; {mend}")
+        samples, rest = about["samples"], about["key_bytes"] + about["label_bytes"]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
         raise ValueError(f"{path}: is no dsmim index; {mend}") from None
-    if version != VERSION or size != PAGE + 8 * samples + about["key_bytes"] + about["label_bytes"]:
-        raise ValueError(f"{path}: was cut short or written by another version of dsmim; {mend}")
+    if size != PAGE + 8 * samples + rest:
+        raise ValueError(f"{path}: was cut short; {mend}")
     return ShardIndex(tar, path, samples, about["tar_bytes"], about["sha256"], samples, about["key_bytes"])
 
 
@@ -230,4 +252,9 @@ def _resolved(folder: str) -> str:
 
 @lru_cache(maxsize=256)
 def _folder_mark(folder: str) -> str:
-    return hashlib.sha256(folder.encode()).hexdigest()[:8]
+    return hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]
+
+
+def _mend(tar: str, index_dir: str | Path | None, force: str = "") -> str:
+    where = f" --index-dir {shlex.quote(str(index_dir))}" if index_dir else ""
+    return f"run: dsmim shards index {force}{shlex.quote(tar)}{where}"

@@ -40,7 +40,7 @@ class Draw:
 
 def stream_key(*parts: int | str) -> int:
     """64 bits that depend on every part: the seed of a random stream."""
-    text = "/".join(map(str, parts)).encode()
+    text = "/".join(map(str, parts)).encode("utf-8", "surrogateescape")  # keys are whatever bytes file names were
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 

@@ -20,7 +20,7 @@ def parallel(work: Callable, items: Iterable, workers: int, verb: str) -> list:
         for call in tqdm(calls, desc=verb, unit="shard", total=len(items), disable=None):
             try:
                 results.append(call())
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 problems.append(str(error))
             except BrokenProcessPool:
                 raise ValueError(f"{verb}: a worker process was killed (by a lack of memory?); run it again") from None
@@ -37,4 +37,8 @@ def _calls(work: Callable, items: list, workers: int) -> Iterator[Iterable[Calla
         return
     # spawn: threads that the parent may run do not survive a fork
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield [future.result for future in [pool.submit(work, item) for item in items]]
+        try:
+            yield [future.result for future in [pool.submit(work, item) for item in items]]
+        except BaseException:  # Ctrl-C: what has not begun need not
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

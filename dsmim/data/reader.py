@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import shlex
+import resource
 import tarfile
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -27,11 +27,12 @@ class DataError(ValueError):
 class ShardReader:
     """Local shards are read where they lie, remote ones through the cache.
 
-    keep: shards whose descriptors and tables stay open, at least.
+    keep: shards whose descriptors and tables stay open, as far as the process may have so many.
     """
 
     def __init__(self, shards: list[ShardIndex], cache: ShardCache | None = None, keep: int = OPEN_SHARDS):
-        self.shards, self.cache, self.keep = shards, cache, max(keep, OPEN_SHARDS)
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2  # two a shard, and half for all else
+        self.shards, self.cache, self.keep = shards, cache, min(max(keep, OPEN_SHARDS), descriptors // 2)
         self._files: OrderedDict[int, int] = OrderedDict()
         self._tables: OrderedDict[int, Table] = OrderedDict()
 
@@ -44,7 +45,7 @@ class ShardReader:
         table, tar = self.table(shard), self.shards[shard].tar
         offset, length = table.place(row)
         data = bytearray(length)  # written by the system, sliced by the parser, decoded in place: never copied
-        if os.preadv(self._file(shard), [data], offset) < length:
+        if _read_into(data, self._file(shard), offset, tar) < length:
             raise DataError(f"{tar}: has shrunk since it was opened; copy or build it again")
         try:
             key, members = parse_sample(data)
@@ -53,7 +54,7 @@ class ShardReader:
         if key != table.keys[row]:
             raise DataError(
                 f"{tar}: has changed since it was indexed: at byte {offset} stands {key or 'no sample'!r} where "
-                f"{table.keys[row]!r} should be; if it is meant, run: dsmim shards index --force {shlex.quote(tar)}"
+                f"{table.keys[row]!r} should be; if that is on purpose, {self.shards[shard].mend}"
             )
         return key, members
 
@@ -103,3 +104,10 @@ class ShardReader:
             return self.cache.open(index.tar, index.tar_bytes, index.sha256)
         except ValueError as error:
             raise DataError(str(error)) from None
+
+
+def _read_into(data: bytearray, descriptor: int, offset: int, tar: str) -> int:
+    try:
+        return os.preadv(descriptor, [data], offset)
+    except OSError as error:  # a disk's or a network file system's fault
+        raise DataError(f"{tar}: cannot be read at byte {offset}: {error.strerror}") from None

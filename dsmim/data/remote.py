@@ -17,6 +17,7 @@ import os
 import random
 import re
 import signal
+import ssl
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -200,6 +201,8 @@ def _judged(url: str, error: Exception) -> Exception:
     if status and status < 500 and status not in _RETRIED:
         hint = "; s3 says so of missing objects too, to those who may not list the bucket" if status == 403 else ""
         return ValueError(f"{url}: cannot be read: {_words(error)} (status {status}){hint}")
+    if isinstance(error, ssl.SSLError):  # a ValueError, too
+        return ValueError(f"{url}: its certificate is not trusted ({_words(error)}); see SSL_CERT_FILE")
     if isinstance(error, ValueError) or type(error).__name__ == "ParamValidationError":  # aiohttp's, botocore's
         return ValueError(f"{url}: is no address of an object ({_words(error)})")
     if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):  # botocore's

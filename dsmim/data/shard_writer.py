@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from pathlib import Path
 import webdataset
 from PIL import Image
 
-from dsmim.data.index import ShardIndex, read_index, write_atomically, write_index
+from dsmim.data.index import ShardIndex, describe, index_file, read_index, write_atomically, write_sidecar
 from dsmim.data.parallel import parallel
 from dsmim.data.pixels import open_rgb
 from dsmim.data.sources import Source
@@ -70,10 +71,11 @@ def build(
     with _locked(out):
         jobs = [job for name, sources in parts.items() for job in _plan(out, name, sources, writing)]
         if classes:
-            write_atomically(out / "classes.json", (json.dumps(classes, indent=0) + "\n").encode())
+            _write_classes(out / "classes.json", classes)
         left = [job for job in jobs if not _is_whole(job.path)]
         left_out = parallel(_write_shard, left, workers, "build")
-    return Built([read_index(job.path) for job in jobs], [line for lines in left_out for line in lines], len(left))
+    shards = [read_index(job.path) for job in jobs if job.path.exists()]
+    return Built(shards, [line for lines in left_out for line in lines], len(left))
 
 
 @contextmanager
@@ -86,19 +88,30 @@ def _locked(out: Path) -> Iterator[None]:
         yield
 
 
+def _write_classes(path: Path, classes: list[str]) -> None:
+    """One list for all shards of the folder: another one's numbers would mean other classes."""
+    if path.exists() and json.loads(path.read_text()) != classes:
+        raise ValueError(
+            f"{path}: lists other classes, with other numbers; build from a table of path,number, or into another folder"
+        )
+    write_atomically(path, (json.dumps(classes, indent=0) + "\n").encode())
+
+
 def _plan(out: Path, name: str, sources: list[Source], writing: Writing) -> list[_Job]:
     """The shards of one part, after checking that what is there already belongs to the same build."""
     plan = asdict(writing) | {"images": len(sources), "sources": _digest(sources)}
     plan["quality"] = writing.quality if writing.short_side else None  # original bytes have none of ours
     file = out / f"{name}.build.json"
     before = json.loads(file.read_text()) if file.exists() else None
-    if before != plan and (there := sorted(out.glob(f"{name}-*.tar"))):
+    files, own = sorted(out.iterdir()), re.escape(name) + r"-\d{6,}\.tar"
+    if before != plan and (there := [path for path in files if re.fullmatch(own, path.name)]):
         differ = [key for key in plan if before and before.get(key) != plan[key]]
         why = f"by a build that differs in {', '.join(differ)}" if before else "and not by dsmim shards build"
         raise ValueError(f"{there[0]}: is there already, {why}; remove it or build into another folder")
     write_atomically(file, (json.dumps(plan, indent=1) + "\n").encode())
-    for stale in out.glob(f".{name}-*.tar.*"):  # of a build that was killed; the lock says that none is at work
-        stale.unlink()
+    for path in files:  # of a build that was killed; the lock says that none is at work
+        if re.fullmatch(rf"\.{own}\.\d+", path.name):
+            path.unlink()
     chunks = [sources[i : i + writing.per_shard] for i in range(0, len(sources), writing.per_shard)]
     return [_Job(out / f"{name}-{number:06d}.tar", chunk, writing) for number, chunk in enumerate(chunks)]
 
@@ -119,19 +132,22 @@ def _is_whole(path: Path) -> bool:
 
 
 def _write_shard(job: _Job) -> list[str]:
-    """What was left out of it."""
+    """What was left out of it; of a shard that nothing is left of, there is no file."""
     temporary = job.path.with_name(f".{job.path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             # mtime, owner: constants, so that the same images give the same bytes
-            with webdataset.TarWriter(file, mtime=0, user="dsmim", group="dsmim", encoder=False) as writer:
+            constants = {"mtime": 0, "user": "dsmim", "group": "dsmim"}
+            with webdataset.TarWriter(file, encoder=False, keep_meta=True, **constants) as writer:
                 left_out = [line for source in job.sources if (line := _write_sample(writer, source, job.writing))]
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(job.path)
+        if len(left_out) < len(job.sources):
+            described = describe(temporary, str(job.path))
+            temporary.replace(job.path)
+            write_sidecar(str(job.path), index_file(str(job.path)), *described)
     finally:
         temporary.unlink(missing_ok=True)
-    write_index(job.path)
     return left_out
 
 
@@ -162,6 +178,8 @@ def _prepared(source: Source, writing: Writing) -> dict[str, bytes]:
             if writing.skip_undecodable:
                 raise _Bad(f"{source.key}.{extension}: {error}") from None
             raise ValueError(f"{source.key}.{extension}: cannot be decoded: {error}; see --skip-undecodable") from None
+        if extension in prepared:
+            raise ValueError(f"{source.key}: holds two images that would become {source.key}.{extension}")
         prepared[extension] = data
     return prepared
 

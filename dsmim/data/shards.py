@@ -19,6 +19,7 @@ from dsmim.data.index import (
     ShardIndex,
     describe,
     index_file,
+    parse_page,
     read_index,
     write_atomically,
     write_index,
@@ -37,14 +38,18 @@ def expand(patterns: str | list[str], what: str = "data", allow_pipe: bool = Fal
     """Shard paths of brace patterns and globs, each pattern's sorted; folders stand for the tars in them. URLs take
     brace patterns only, in the order in which webdataset expands them.
 
-    Raises ValueError, naming the pattern, when one matches nothing or a shard comes twice.
+    Raises ValueError, naming the pattern, when one of those that the braces stand for matches nothing, or a shard comes
+    twice.
     """
     paths: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = [path for text in braceexpand(pattern) for path in _matches(text, what, allow_pipe)]
-        if not found:
-            raise ValueError(f"{what}: no shards match {pattern!r}")
-        paths += found
+        for text in braceexpand(pattern):
+            found = _matches(text, what, allow_pipe)
+            if not found:  # one missing out of a range, too: training would go on with less data
+                raise ValueError(f"{what}: no shards match {text!r}" + (f" of {pattern!r}" if text != pattern else ""))
+            paths += found
+    if not paths:
+        raise ValueError(f"{what}: no shards given")
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ValueError(f"{what}: shard given twice: {twice}")
@@ -120,10 +125,13 @@ def _published(tar: str, index_dir: str) -> ShardIndex | None:
         data = fetch_small(tar + SUFFIX)
     except ValueError:  # s3 forbids what is not there; reading the shard then tells what is wrong, if anything is
         return None
-    if data is None:
+    path = index_file(tar, index_dir)
+    try:  # a server may answer a page that says "not found"
+        index = parse_page(data or b"", len(data or b""), tar, path, mend="")
+    except ValueError:
         return None
-    write_atomically(Path(index_file(tar, index_dir)), data)
-    return read_index(tar, index_dir)
+    write_atomically(Path(path), data)
+    return index
 
 
 def _matches(pattern: str, what: str, allow_pipe: bool) -> list[str]:

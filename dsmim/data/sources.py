@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,7 +13,7 @@ from pathlib import Path
 from dsmim.data.order import permutation
 from dsmim.data.remote import is_remote
 from dsmim.data.shards import open_shards
-from dsmim.data.tar import is_image, parse_sample
+from dsmim.data.tar import is_image, read_sample
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,7 @@ class TarSource:
     def members(self) -> dict[str, bytes]:
         """Extension → bytes. Raises ValueError when the tar has changed since it was indexed."""
         with Path(self.tar).open("rb") as file:
-            file.seek(self.offset)
-            key, members = parse_sample(file.read(self.length))
+            key, members = read_sample(file, self.offset, self.length)
         if key != self.key:
             mend = f"run: dsmim shards index --force {shlex.quote(self.tar)}"
             raise ValueError(f"{self.tar}: has changed since it was indexed; {mend}")
@@ -97,8 +98,7 @@ def filter_sources(sources: list[Source], keys: Iterable[str] | None, without: I
 
 
 def split_sources(sources: list[Source], splits: dict[str, float], seed: int | None) -> dict[str, list[Source]]:
-    """Shuffle (not with seed None), then cut into the named shares: floor(n × share) each, the last takes the rest of
-    its share.
+    """Shuffle (not with seed None), then cut at floor(n × the sum of the shares so far).
 
     Without splits there is one part, "data". Raises ValueError when the shares add up to more than 1.
     """
@@ -140,7 +140,8 @@ def _key(relative: Path) -> str:
 
 
 def _from_folder(folder: Path) -> tuple[list[Source], list[str]]:
-    paths = sorted(path for path in folder.rglob("*") if is_image(path.suffix.lower().lstrip(".")) and path.is_file())
+    files = (Path(top) / name for top, _, names in os.walk(folder, followlinks=True) for name in names)
+    paths = sorted(path for path in files if is_image(path.suffix.lower().lstrip(".")) and path.is_file())
     relatives = [path.relative_to(folder) for path in paths]
     top = {len(relative.parts) == 1 for relative in relatives}
     if top == {True, False}:
@@ -155,10 +156,10 @@ def _from_folder(folder: Path) -> tuple[list[Source], list[str]]:
 
 def _from_table(table: Path, root: Path) -> tuple[list[Source], list[str]]:
     try:
-        text = table.read_text()
+        text = table.read_text(encoding="utf-8-sig")  # spreadsheets write a mark before the first word
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{table}: is neither a folder nor a readable table ({error})") from None
-    rows = [row for row in csv.reader(text.splitlines(), delimiter="\t" if table.suffix == ".tsv" else ",") if row]
+    rows = [row for row in csv.reader(io.StringIO(text), delimiter="\t" if table.suffix == ".tsv" else ",") if row]
     rows = rows[1:] if rows and rows[0][0] == "path" else rows  # the heading line is optional
     widths = {len(row) for row in rows}
     if not widths <= {1} and not widths <= {2}:

@@ -1,7 +1,7 @@
 """A sample's random stream.
 
-Crops, flips and masks draw from Python's random(): a call costs a fiftieth of one to torch, and Python promises the same
-numbers in every version, which torch does not.
+Crops, flips and masks draw from Python's random(): a call costs a fiftieth of one to torch, and Python promises the
+same numbers in every version, which torch does not.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ the samples are spread over shards.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -15,10 +16,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dsmim.data.index import Rows, ShardIndex, fingerprint, write_atomically
+from dsmim.data.index import Rows, ShardIndex, fingerprint, shard_name, write_atomically
 from dsmim.data.parallel import parallel
 from dsmim.data.tar import NO_LABEL
 
@@ -52,11 +53,13 @@ def choose(
 
 
 def find(shards: list[ShardIndex], lines: Iterable[str]) -> list[np.ndarray]:
-    """Per shard, the rows of the samples that the lines name: a key, or a key, a tab and the shard's name.
+    """Per shard, the rows of the samples that the lines name: a key, or a key, a tab and the shard's name or path.
 
     Raises ValueError for keys that stand nowhere, or without the shard's name in several shards.
     """
-    wanted = {line for line in lines if line}
+    wanted = set(lines)
+    if not wanted:
+        raise ValueError("the list of keys is empty")
     found = parallel(partial(_named, wanted=wanted), shards, 1, "subset")  # here: the list would go to every worker
     seen: dict[str, str] = {}
     for shard, (_, names) in zip(shards, found, strict=True):
@@ -71,7 +74,16 @@ def find(shards: list[ShardIndex], lines: Iterable[str]) -> list[np.ndarray]:
 
 def write_list(path: Path, shards: list[ShardIndex], rows: list[np.ndarray], unique: bool) -> None:
     """The list of keys, with the shards' names if a key alone does not name a sample."""
-    write_atomically(path, "".join(f"{line}\n" for line in _lines(shards, rows, unique)).encode())
+    text = "".join(f"{line}\n" for line in _lines(shards, rows, unique))
+    if text.count("\n") != sum(map(len, rows)):
+        raise ValueError(f"{path}: some keys hold line breaks, which a list of lines cannot")
+    write_atomically(path, text.encode("utf-8", "surrogateescape"))
+
+
+def read_list(path: Path) -> list[str]:
+    """The lines of a list of keys. Raises OSError when it cannot be read."""
+    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    return [line for line in text.replace("\r\n", "\n").split("\n") if line]
 
 
 def write_rows(path: Path, shards: list[ShardIndex], rows: list[np.ndarray]) -> None:
@@ -87,14 +99,17 @@ def apply_subset(shards: list[ShardIndex], path: str) -> list[ShardIndex]:
 
     Raises ValueError when the list, or its rows for these very shards, is missing or out of date.
     """
-    mend = f"run: dsmim shards subset SHARDS {path}"
+    mend = f"run: dsmim shards subset SHARDS {shlex.quote(path)}"
     listed, rows_file = Path(path), Path(f"{path}{SUFFIX}")
     if not listed.is_file():
         raise ValueError(f"data.subset: no such file: {path}; {mend} --fraction P")
     if not rows_file.is_file():
         raise ValueError(f"data.subset: {path} is a list whose keys have not been found in the shards yet; {mend}")
-    with safe_open(rows_file, "np") as file:
-        about, counts = file.metadata(), file.get_tensor("counts")
+    try:
+        with safe_open(rows_file, "np") as file:
+            about, counts = file.metadata(), file.get_tensor("counts")
+    except SafetensorError:
+        raise ValueError(f"data.subset: {rows_file} is damaged; {mend}") from None
     if about["list_bytes"] != str(listed.stat().st_size) or listed.stat().st_mtime_ns > rows_file.stat().st_mtime_ns:
         raise ValueError(f"data.subset: {path} has changed since its keys were found in the shards; {mend}")
     if about["data"] != fingerprint(shards):
@@ -127,13 +142,15 @@ def _turns(order: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def _named(shard: ShardIndex, wanted: set[str]) -> tuple[np.ndarray, list[str]]:
     """Rows, and for each the line that named it."""
-    mark, pairs = f"\t{Path(shard.tar).name}", []
+    marks, pairs = ("", f"\t{shard_name(shard.tar)}", f"\t{shard.tar}"), []
     for row, key in enumerate(shard.table().keys):
-        pairs += [(row, line) for line in (key, key + mark) if line in wanted][:1]
+        pairs += [(row, key + mark) for mark in marks if key + mark in wanted][:1]
     return np.array([row for row, _ in pairs], np.int64), [line for _, line in pairs]
 
 
 def _lines(shards: list[ShardIndex], rows: list[np.ndarray], unique: bool) -> Iterator[str]:
-    for shard, part in zip(shards, rows, strict=True):
-        keys, mark = shard.table().keys, "" if unique else f"\t{Path(shard.tar).name}"
+    names = [shard_name(shard.tar) for shard in shards]
+    names = names if len(set(names)) == len(names) else [shard.tar for shard in shards]
+    for shard, part, name in zip(shards, rows, names, strict=True):
+        keys, mark = shard.table().keys, "" if unique else f"\t{name}"
         yield from (keys[row] + mark for row in part)

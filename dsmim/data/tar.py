@@ -11,13 +11,13 @@ import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 BLOCK = tarfile.BLOCKSIZE
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 NO_LABEL = -1
 # WebDataset's rule: the key ends at the first dot of the file's name, folders belong to the key.
-_MEMBER = re.compile(r"^((?:.*/|)[^./][^.]*)\.([^/]*)$")
+_MEMBER = re.compile(r"^((?:.*/|)[^./][^.]*)\.([^/]+)$")
 
 
 class Sample(NamedTuple):
@@ -99,16 +99,31 @@ def _plain_header(data: bytes | bytearray, offset: int) -> tuple[str, int] | Non
     tarfile itself takes as long for a header as the rest of reading a sample. Layout: POSIX.1-1988 ustar. The checksum
     is not looked at: a header that was damaged after indexing gives another key than the index's, or no number.
     """
-    if data[offset + 156] not in b"0\0" or data[offset + 124] & 0x80:  # another type; a size beyond 8 GiB
+    if len(data) - offset < BLOCK or data[offset + 156] not in b"0\0":
+        return None
+    if (
+        data[offset + 257 : offset + 265] == b"ustar  \0" and data[offset + 345]
+    ):  # old GNU: times, where ustar has a prefix
+        return None
+    size = bytes(data[offset + 124 : offset + 136]).strip(b"\0 ")
+    if not size.isdigit():  # base 256, for more than 8 GiB; or damage
         return None
     name = bytes(data[offset : offset + 100]).partition(b"\0")[0]
     if data[offset + 257 : offset + 263] == b"ustar\0" and data[offset + 345]:
         name = bytes(data[offset + 345 : offset + 500]).partition(b"\0")[0] + b"/" + name
     try:
-        size = int(bytes(data[offset + 124 : offset + 136]).strip(b"\0 "), 8)
+        return name.decode("utf-8", "surrogateescape"), int(size, 8)
     except ValueError:
         return None
-    return name.decode("utf-8", "surrogateescape"), size
+
+
+def read_sample(file: BinaryIO, offset: int, length: int) -> tuple[str, dict[str, memoryview]]:
+    """parse_sample of a stretch of an open tar; no key when no sample stands there."""
+    file.seek(offset)
+    try:
+        return parse_sample(file.read(length))
+    except tarfile.TarError:
+        return "", {}
 
 
 def _parse_any(data: bytes | bytearray) -> tuple[str, dict[str, memoryview]]:
@@ -140,7 +155,7 @@ def _members(tar: Path, name: str) -> Iterator[_Member]:
     try:
         with tarfile.open(tar, mode="r:") as archive:
             for member in archive:
-                stop = member.offset_data + (_padded(member.size) if member.isfile() else 0)
+                stop = archive.offset  # of the next header: a sparse member's size is not what it takes up
                 if stop > size:
                     raise ValueError(f"{name}: cut short inside {member.name!r} at byte {size}; copy or build it again")
                 if member.isfile() and (parts := split_member(member.name)):
@@ -165,7 +180,8 @@ def _check_end(tar: Path, name: str, offset: int, size: int) -> None:
 
 def _label(text: bytes) -> int:
     """Labels that are no class number are training's affair: another task may know what they mean."""
-    return int(text) if text.strip().isdigit() and int(text) < 2**31 else NO_LABEL
+    digits = text.strip()
+    return int(digits) if digits.isdigit() and len(digits) < 10 else NO_LABEL
 
 
 def _padded(size: int) -> int:

@@ -11,7 +11,7 @@ from dsmim.data.index import describe, index_file, read_index
 from dsmim.data.parallel import parallel
 from dsmim.data.remote import is_remote
 from dsmim.data.shards import expand, local_copy
-from dsmim.data.tar import NO_LABEL, Sample, is_image, parse_sample
+from dsmim.data.tar import NO_LABEL, Sample, is_image, read_sample
 
 
 def verify_all(
@@ -25,11 +25,12 @@ def verify_all(
     """One line per thing that is wrong, over all shards.
 
     report: a file of JSON lines, one per shard, written as shards are done. What stands there already is not checked
-    again as long as the shard's size and time are the same. Raises ValueError when it is no such report.
+    again as long as size and time of shard and index are the same. Raises ValueError when it is no such report.
     """
     shards = expand(patterns, allow_pipe=allow_pipe)
     known = _read_report(report, decode_images) if report and report.exists() else {}
-    left = [tar for tar in shards if tar not in known or known[tar]["stamp"] != _stamp(tar) or is_remote(tar)]
+    known = {tar: line for tar, line in known.items() if line["stamp"] == _stamp(tar, index_dir) and not is_remote(tar)}
+    left = [tar for tar in shards if tar not in known]
     work = partial(_verify_and_report, index_dir=index_dir, decode_images=decode_images, report=report)
     found = dict(zip(left, parallel(work, left, workers, "verify"), strict=True))
     return [line for tar in shards for line in (found[tar] if tar in found else known[tar]["problems"])]
@@ -67,8 +68,7 @@ def _unlabelled(tar: str, samples: list[Sample]) -> list[str]:
 def _undecodable(tar: str, file: Any, sample: Sample) -> list[str]:
     from dsmim.data.decode import Undecodable, decode  # heavy, and needed only here
 
-    file.seek(sample.offset)
-    key, members = parse_sample(file.read(sample.length))
+    key, members = read_sample(file, sample.offset, sample.length)
     problems = []
     for extension, data in members.items():
         if is_image(extension):
@@ -80,7 +80,7 @@ def _undecodable(tar: str, file: Any, sample: Sample) -> list[str]:
 
 
 def _verify_and_report(tar: str, index_dir: str | None, decode_images: bool, report: Path | None) -> list[str]:
-    stamp = _stamp(tar)
+    stamp = _stamp(tar, index_dir)
     problems = verify(tar, index_dir, decode_images)
     if report:
         line = {"shard": tar, "stamp": stamp, "decoded": decode_images, "problems": problems}
@@ -91,16 +91,18 @@ def _verify_and_report(tar: str, index_dir: str | None, decode_images: bool, rep
 
 def _read_report(report: Path, decode_images: bool) -> dict[str, dict]:
     """Shard → its line; a check without decoding does not stand for one with it."""
+    whole, _, cut = report.read_bytes().rpartition(b"\n")
+    if cut:  # the command was killed while it wrote
+        report.write_bytes(whole + b"\n" if whole else b"")
     try:
-        lines = [json.loads(line) for line in report.read_text().splitlines()]
+        lines = [json.loads(line) for line in whole.splitlines()]
         return {line["shard"]: line for line in lines if line["decoded"] or not decode_images}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{report}: is no report of dsmim shards verify; name another file") from None
 
 
-def _stamp(tar: str) -> list[int] | None:
-    """Size and time of a local shard; a remote one's are not known: it is checked every time."""
-    if is_remote(tar) or not Path(tar).exists():
-        return None
-    stat = Path(tar).stat()
-    return [stat.st_size, stat.st_mtime_ns]
+def _stamp(tar: str, index_dir: str | None) -> list[int]:
+    """Sizes and times of a shard and its index, as far as they are here (a remote shard is checked every time)."""
+    files = [Path(file) for file in (tar, index_file(tar, index_dir))]
+    stats = [file.stat() for file in files if file.exists()]
+    return [value for stat in stats for value in (stat.st_size, stat.st_mtime_ns)]

@@ -63,6 +63,14 @@ def test_an_index_that_lies_beside_a_remote_shard_spares_reading_it(server, shar
     assert verify_all([urls(server)], str(tmp_path), 1, True) == []
 
 
+def test_a_page_in_place_of_an_index_is_none(server, tmp_path):
+    """Servers answer 200 and a page for what they have not."""
+    for i in range(5):
+        server.add(f"/train-{i:03d}.tar.dsmi", b"<html>not found</html>")
+    assert len(index_all([urls(server)], str(tmp_path), workers=1)) == 5
+    assert all(server.gets[f"/train-{i:03d}.tar"] == 1 for i in range(5))
+
+
 def test_upcoming_shards_are_fetched_before_they_are_needed(server, tmp_path):
     index_all([urls(server)], str(tmp_path / "i"), workers=1)
     data = Data(train=urls(server), index_dir=str(tmp_path / "i"), cache_dir=str(tmp_path / "c"), shuffle_window=2)

@@ -79,6 +79,47 @@ def test_undecodable_images_are_an_error_or_left_out_by_name(tars, tmp_path):
     assert dsmim("shards", "build", tars, tmp_path / "c").returncode == 0  # original bytes: nobody looks at them
 
 
+def test_a_shard_of_which_nothing_is_left_is_no_shard(tmp_path):
+    members = [(f"{i}.png", b"rubbish" if i == 4 else image_bytes(i)) for i in range(5)]
+    write_index(write_tar(tmp_path / "t.tar", members))
+    words = ["shards", "build", tmp_path / "t.tar", tmp_path / "out", "--no-shuffle", "--per-shard", 2]
+    for _ in range(2):
+        assert "4 images in 2 shards" in dsmim(*words, "--skip-undecodable").stdout
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 2
+
+
+def test_members_that_would_be_lost_are_an_error_or_kept(tmp_path):
+    members = [("a._note", b"1"), ("a.jpg", image_bytes(0, 60, "JPEG")), ("a.webp", image_bytes(1, 60, "WEBP"))]
+    write_index(write_tar(tmp_path / "t.tar", members))
+    dsmim("shards", "build", tmp_path / "t.tar", tmp_path / "a")
+    assert samples_of(tmp_path / "a")["a"] == {name[2:]: data for name, data in members}
+    done = dsmim("shards", "build", tmp_path / "t.tar", tmp_path / "b", "--short-side", 30, check=False)
+    assert done.returncode == 1 and "holds two images that would become a.jpg" in done.stderr
+
+
+def test_class_folders_may_be_links_and_two_builds_share_one_list_of_classes(tmp_path):
+    for name in "abc":
+        (tmp_path / "all" / name).mkdir(parents=True)
+        (tmp_path / "all" / name / f"{name}0.png").write_bytes(image_bytes(ord(name)))
+    for chosen in ("ab", "bc"):
+        (tmp_path / chosen).mkdir()
+        for name in chosen:
+            (tmp_path / chosen / name).symlink_to(tmp_path / "all" / name)
+    dsmim("shards", "build", tmp_path / "ab", tmp_path / "out", "--name", "train")
+    assert set(samples_of(tmp_path / "out")) == {"a/a0", "b/b0"}
+    done = dsmim("shards", "build", tmp_path / "bc", tmp_path / "out", "--name", "val", check=False)
+    assert done.returncode == 1 and "lists other classes, with other numbers" in done.stderr
+    dsmim("shards", "build", tmp_path / "ab", tmp_path / "out", "--name", "val-hard")
+    dsmim("shards", "build", tmp_path / "ab", tmp_path / "out", "--name", "val")
+
+
+def test_a_table_from_a_spreadsheet(tmp_path):
+    (tmp_path / "a,b.png").write_bytes(image_bytes(0))
+    (tmp_path / "t.csv").write_bytes(b'\xef\xbb\xbfpath,label\r\n"a,b.png",3\r\n')
+    sources, _ = read_sources(str(tmp_path / "t.csv"))
+    assert [(source.key, source.label) for source in sources] == [("a,b", 3)]
+
+
 def test_tars_without_an_index_and_remote_ones_are_refused(tmp_path):
     write_tar(tmp_path / "t.tar", [("a.png", image_bytes(0))])
     for source, message in [(f"{tmp_path}/t.tar", "has no index"), ("s3://b/{0..1}.tar", "built from local tars")]:
@@ -151,6 +192,12 @@ def test_a_report_saves_checking_again(tmp_path):
     assert verify_all(paths, None, 1, False, report)[0] == "as reported"
     assert len(report.read_text().splitlines()) == 3
     assert "as reported" not in verify_all(paths, None, 1, True, report)  # not decoded then
+    lines = report.read_bytes()
+    report.write_bytes(lines + b'{"shard": "cut of')  # the command was killed while it wrote
+    verify_all(paths, None, 1, False, report)
+    assert report.read_bytes() == lines  # nothing was checked again
+    Path(f"{paths[0]}.dsmi").unlink()
+    assert "has no index" in verify_all(paths, None, 1, False, report)[0]
     report.write_text("no report\n")
     with pytest.raises(ValueError, match="is no report of dsmim shards verify"):
         verify_all(paths, None, 1, False, report)
@@ -158,9 +205,7 @@ def test_a_report_saves_checking_again(tmp_path):
 
 def test_verify_finds_structural_damage_without_an_index(tmp_path):
     path = make_shards(tmp_path, [4])[0]
-    data = bytearray(path.read_bytes())
-    data[600 + 512] ^= 0xFF
     broken = tmp_path / "broken.tar"
-    broken.write_bytes(data[:3000])
+    broken.write_bytes(path.read_bytes()[:3000])
     problems = verify(str(broken))
     assert len(problems) == 2 and "has no index" in problems[0] and "cut short" in problems[1]

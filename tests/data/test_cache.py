@@ -274,3 +274,12 @@ def test_a_forked_child_holds_no_lock_of_a_killed_parent(server, cache):
 def test_the_end_of_a_program_does_not_wait_for_the_prefetch(server, cache):
     process = begin(cache, put(server, 0, "stall"), "prefetch")
     assert process.communicate(timeout=10) == ("", "") and process.returncode == 0
+
+
+def test_what_is_not_the_cache_s_stays(server, cache):
+    names = ("movie.part", "holiday.mp4.part", "a.tar", "b.1.part")
+    for name in names:
+        (cache.folder / name).write_bytes(b"mine")
+    open_all(cache, [put(server, number) for number in range(12)])  # two more than it holds
+    assert all((cache.folder / name).read_bytes() == b"mine" for name in names)
+    assert not (cache.folder / "movie.lock").exists()

@@ -2,8 +2,10 @@
 
 import io
 import os
+import random
 import struct
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -41,6 +43,15 @@ def bomb(side: int = 40_000) -> bytes:
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+
+
+def flipped(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :]
+
+
+def no_height(jpeg: bytes) -> bytes:
+    frame = jpeg.index(b"\xff\xc0")
+    return jpeg[: frame + 5] + b"\0\0" + jpeg[frame + 7 :]
 
 
 def dataset(folder, classes=None, window=1) -> TarDataset:
@@ -121,6 +132,20 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded():
         decode(bytes(gif))
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("decoding", ["exact", "scaled"])
+def test_random_damage_is_undecodable_or_decoded_and_nothing_else(kind, decoding):
+    """Neither another exception nor the end of the process."""
+    whole, chance = encoded(photo().resize((200, 150)), kind), random.Random(7)
+    transform = train_transform(Augment(decode=decoding), 24)
+    for _ in range(60):
+        data = bytearray(whole)
+        for _ in range(chance.choice([1, 3, 40])):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        with suppress(Undecodable):
+            assert transform(bytes(data[: chance.choice([len(data), len(data) // 2])])).shape == (3, 24, 24)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
 def test_sizes_are_read_from_the_header(kind):
     assert image_size(encoded(photo(), kind)) == (40, 48)
@@ -129,9 +154,11 @@ def test_sizes_are_read_from_the_header(kind):
 
 BAD_IMAGES = {
     "zero-length": (b"", "it is empty"),
-    "text": (b"<html>not found</html>", "cannot identify"),
+    "text": (b"<html>not found</html>", "no known image format"),
     "cut JPEG": (encoded(photo().resize((300, 300)), "JPEG")[:1200], "truncated"),
     "bomb": (bomb(), "decompression bomb"),
+    "PNG with a flipped bit": (flipped(encoded(photo().resize((300, 300)), "PNG"), 5000), ""),
+    "JPEG of no height": (no_height(encoded(photo(), "JPEG")), "48 × 0 pixels"),
 }
 
 

@@ -33,10 +33,16 @@ def test_repeats_differ_in_their_augmentation(shards):
 
 def test_the_caller_s_random_streams_are_left_alone(shards):
     def state():
-        return random.getstate()[1][:5], np.random.get_state()[1][:5].tolist(), torch.get_rng_state().tolist()
+        return (
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+            np.random.get_state()[2],
+            torch.get_rng_state().tolist(),
+        )
 
     before = state()
-    dataset(shards)[0]
+    for position in range(8):
+        dataset(shards)[position]
     assert state() == before
     with seeded(3):
         a = torch.rand(2)

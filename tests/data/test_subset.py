@@ -1,5 +1,6 @@
 """Subsets: exact counts, nesting, independence from the shards, and the recipe's data.subset."""
 
+import os
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from dsmim.cli import main
 from dsmim.data.index import fingerprint, write_index
 from dsmim.data.order import Order
-from dsmim.data.reader import ShardReader
+from dsmim.data.reader import DataError, ShardReader
 from dsmim.data.shards import open_shards
 from dsmim.data.subset import choose
 from tests.conftest import dsmim, image_bytes, make_shards, tiny_recipe, write_tar
@@ -166,3 +167,31 @@ def test_a_recipe_trains_on_its_subset(half, tmp_path):
     assert set(seen[:26]) == set((half / "half.txt").read_text().split())
     done = dsmim("train", tmp_path / "r.yaml", "--run-dir", tmp_path / "run")
     assert "26 samples" in done.stdout + done.stderr
+
+
+def test_a_subset_that_is_replaced_while_a_run_reads_it_is_noticed(half):
+    listed, rows = half / "half.txt", half / "half.txt.rows"
+    shards = open_shards(f"{half}/train-*.tar", subset=str(listed))
+    listed.unlink()
+    dsmim("shards", "subset", f"{half}/train-*.tar", listed, "--fraction", 0.6, "--seed", 3)
+    with pytest.raises(DataError, match=r"half\.txt\.rows: changed since it was opened; start again"):
+        [ShardReader(shards).read(shard, 0) for shard in range(5)]
+    rows.write_bytes(b"rubbish")
+    os.utime(rows)
+    with pytest.raises(ValueError, match=r"half\.txt\.rows is damaged"):
+        open_shards(f"{half}/train-*.tar", subset=str(listed))
+
+
+def test_lists_as_other_programs_write_them(half):
+    (half / "mine.txt").write_bytes(b"\xef\xbb\xbfk00001\r\nk00040\r\n\r\n")
+    assert "2 of 53 samples" in dsmim("shards", "subset", f"{half}/train-*.tar", half / "mine.txt").stdout
+    (half / "none.txt").write_text("\n")
+    assert "is empty" in dsmim("shards", "subset", half, half / "none.txt", check=False).stderr
+
+
+def test_shards_of_one_name_in_two_folders(tmp_path):
+    for name in "ab":
+        write_index(write_tar(tmp_path / name / "t.tar", [(f"{i}.png", image_bytes(i)) for i in range(4)]))
+    patterns = [tmp_path / "a", tmp_path / "b"]
+    dsmim("shards", "subset", *patterns, tmp_path / "half.txt", "--fraction", 0.5)
+    assert "4 of 8 samples" in dsmim("shards", "subset", *patterns, tmp_path / "half.txt").stdout
