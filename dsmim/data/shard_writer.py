@@ -92,7 +92,7 @@ def _write_classes(path: Path, classes: list[str]) -> None:
     """One list for all shards of the folder: another one's numbers would mean other classes."""
     if path.exists() and json.loads(path.read_text()) != classes:
         raise ValueError(
-            f"{path}: lists other classes, with other numbers; build from a table of path,number, or into another folder"
+            f"{path}: lists other classes, with other numbers; build from a table of path,number or into another folder"
         )
     write_atomically(path, (json.dumps(classes, indent=0) + "\n").encode())
 
