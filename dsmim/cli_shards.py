@@ -57,7 +57,9 @@ def _add_subset(commands) -> None:
     subset = command(commands, "subset", about, _subset)
     subset.add_argument("--fraction", type=share, metavar="P", help="draw floor(N x P) samples")
     subset.add_argument("--seed", type=int, help="of the draw; smaller fractions lie within larger ones (default: 0)")
-    subset.add_argument("--balanced", action="store_true", help="as many samples of every class as there are")
+    subset.add_argument(
+        "--balanced", action="store_true", help="equally many samples of every class, as far as they reach"
+    )
     subset.add_argument("shards", nargs="+", help="as data.train names them: tars, folders, globs or brace patterns")
     subset.add_argument("list", type=Path, help="the list, for data.subset in a recipe")
     _add_common(subset)

@@ -1,6 +1,7 @@
 """Commands that need no training."""
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import yaml
 import dsmim as package
 from dsmim.cli import main
 from dsmim.recipe_file import shipped_recipes
-from tests.conftest import dsmim, environment, tiny_recipe
+from tests.conftest import ROOT, dsmim, environment, tiny_recipe
 
 
 @pytest.fixture
@@ -148,3 +149,13 @@ def _imports(tree) -> list[str]:
         elif isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
     return [name for name in names if name.startswith("dsmim.")]
+
+
+@pytest.mark.parametrize("folder", ["examples", "benchmarks"])
+def test_what_examples_and_benchmarks_import_is_there(folder):
+    """`make demo` takes minutes to come to some of them."""
+    for file in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dsmim"):
+                module = importlib.import_module(node.module)
+                assert not [alias.name for alias in node.names if not hasattr(module, alias.name)], file

@@ -79,14 +79,15 @@ class ShardIndex:
 
     def table(self) -> Table:
         """Read the sidecar's records. Raises ValueError when it has changed since it was opened."""
-        blocks_end = PAGE + 8 * self.stored
         try:
-            blocks = np.memmap(self.file, "<u4", mode="r", offset=PAGE, shape=(self.stored, 2))
             with open(self.file, "rb") as file:  # noqa: PTH123 - a str: a run may hold a million of them
-                file.seek(blocks_end)
+                if json.loads(file.read(PAGE))["sha256"] != self.sha256:
+                    raise ValueError("it describes another tar")
+                blocks = np.memmap(file, "<u4", mode="r", offset=PAGE, shape=(self.stored, 2))
+                file.seek(PAGE + 8 * self.stored)
                 keys = zlib.decompress(file.read(self.key_bytes)).decode("utf-8", "surrogateescape").split("\0")
                 labels = np.frombuffer(zlib.decompress(file.read()), "<i4")
-        except (OSError, ValueError, zlib.error) as error:
+        except (OSError, ValueError, KeyError, zlib.error) as error:
             raise ValueError(f"{self.file}: changed since it was opened ({error}); start again") from None
         table = Table(blocks, keys, labels)
         return table if self.rows is None else table.take(read_rows(self.rows))

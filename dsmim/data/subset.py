@@ -31,8 +31,8 @@ def choose(
 ) -> tuple[list[np.ndarray], bool]:
     """Per shard, the rows of floor(N · fraction) samples drawn at random; and whether a key alone names a sample.
 
-    balanced: as many of every class as there are, class by class in turn, so that counts differ by at most one between
-    classes that are not used up. Raises ValueError when a sample then has no class, or the fraction gives no sample.
+    balanced: equally many of every class, as far as they reach: counts differ by at most one between classes that are
+    not used up. Raises ValueError when a sample then has no class, or the fraction gives no sample.
     """
     parts = parallel(partial(_ranks, seed=seed), shards, workers, "subset")
     order = np.concatenate([hashes for hashes, _ in parts])
@@ -46,10 +46,7 @@ def choose(
         chosen = np.lexsort((order, _turns(order, labels)))[:wanted]
     else:
         chosen = np.argsort(order, kind="stable")[:wanted]
-    ends = np.cumsum([shard.samples for shard in shards])
-    parts = np.split(np.sort(chosen), np.searchsorted(np.sort(chosen), ends[:-1]))
-    unique = len(np.unique(order)) == len(order)
-    return [rows - begin for rows, begin in zip(parts, [0, *ends[:-1]], strict=True)], unique
+    return _by_shard(np.sort(chosen), shards), len(np.unique(order)) == len(order)
 
 
 def find(shards: list[ShardIndex], lines: Iterable[str]) -> list[np.ndarray]:
@@ -127,6 +124,13 @@ def _ranks(shard: ShardIndex, seed: int) -> tuple[np.ndarray, np.ndarray]:
     table = shard.table()
     digests = (hashlib.blake2b(f"{seed}/{key}".encode("utf-8", "surrogateescape"), digest_size=8) for key in table.keys)
     return np.frombuffer(b"".join(digest.digest() for digest in digests), "<u8"), table.labels
+
+
+def _by_shard(samples: np.ndarray, shards: list[ShardIndex]) -> list[np.ndarray]:
+    """Ascending sample numbers of the whole data set → each shard's rows."""
+    ends = np.cumsum([shard.samples for shard in shards])
+    parts = np.split(samples, np.searchsorted(samples, ends[:-1]))
+    return [part - begin for part, begin in zip(parts, [0, *ends[:-1]], strict=True)]
 
 
 def _turns(order: np.ndarray, labels: np.ndarray) -> np.ndarray:

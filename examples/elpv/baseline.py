@@ -12,7 +12,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torchvision.transforms.v2 import functional as TF
 
-from dsmim.data.dataset import ShardReader, load
+from dsmim.data.decode import decode
+from dsmim.data.reader import ShardReader
 from dsmim.data.shards import open_shards
 
 SIDE = 48  # pixels: more do not help so few labels
@@ -22,9 +23,10 @@ def pixels(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """(n, SIDE²) grey values and (n,) labels of a part's shards."""
     shards = open_shards(f"{folder}/{name}-*.tar", None, name)
     reader = ShardReader(shards)
-    rows = [load(reader, s, row, classes=4) for s, index in enumerate(shards) for row in range(index.samples)]
-    small = [TF.resize(image[:1], [SIDE, SIDE], antialias=True).flatten().numpy() for _, image, _ in rows]
-    return np.stack(small).astype(np.float64), np.array([label for *_, label in rows])
+    samples = [reader.read(s, row)[1] for s, index in enumerate(shards) for row in range(index.samples)]
+    grey = [decode(members["png"])[:1] for members in samples]
+    small = [TF.resize(image, [SIDE, SIDE], antialias=True).flatten().numpy() for image in grey]
+    return np.stack(small).astype(np.float64), np.array([int(bytes(members["cls"])) for members in samples])
 
 
 def accuracies(folder: Path) -> dict[str, float]:

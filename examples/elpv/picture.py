@@ -8,10 +8,11 @@ import torch
 from torchvision.io import write_png
 from torchvision.utils import make_grid
 
-from dsmim.data.dataset import collate
+from dsmim.data.dataset import EvalDataset, collate
+from dsmim.data.from_recipe import open_reader, validation_shards
 from dsmim.data.transforms import normalise
 from dsmim.engine import checkpoint
-from dsmim.evaluate import open_validation, recipe_of
+from dsmim.evaluate import recipe_of
 from dsmim.models.simmim import sliding_statistics
 from dsmim.models.weights import load_into
 from dsmim.tasks import build_task
@@ -30,7 +31,7 @@ def draw(run_dir: Path, out: Path) -> None:
     found = checkpoint.locate(run_dir)
     task = build_task(recipe := recipe_of(found, []))
     load_into(task.model, checkpoint.checkpoint_weights(found), str(found))
-    data = open_validation(recipe, task)
+    data = EvalDataset(open_reader(recipe.data, validation_shards(recipe.data), window=1), task.eval_sample, None)
     batch = collate([data[(number, 1.0)] for number in range(IMAGES)])
     images, hidden = batch["image"], task.model.hidden_pixels(batch["mask"])  # (8, 3, S, S) uint8, (8, 1, S, S)
     scaled = normalise(images)

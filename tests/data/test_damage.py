@@ -241,7 +241,11 @@ def test_damage_in_a_worker_ends_in_one_message_and_does_not_hang(tmp_path):
 def test_an_index_that_is_replaced_while_training(tmp_path):
     path = make_shards(tmp_path, [5])[0]
     data = dataset(tmp_path)
-    sidecar = path.with_name(path.name + ".dsmi")
-    sidecar.write_bytes(sidecar.read_bytes()[:530])
+    sidecar, (other,) = path.with_name(path.name + ".dsmi"), make_shards(tmp_path / "other", [5], side=44)
+    whole = sidecar.read_bytes()
+    sidecar.write_bytes(other.with_name(other.name + ".dsmi").read_bytes())
+    with pytest.raises(DataError, match=r"changed since it was opened \(it describes another tar\)"):
+        data[0]
+    sidecar.write_bytes(whole[:530])
     with pytest.raises(DataError, match=r"train-000\.tar\.dsmi: changed since it was opened"):
         data[0]
