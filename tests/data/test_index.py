@@ -94,9 +94,14 @@ def test_member_names():
     assert split_member("README") is None and split_member(".hidden") is None
 
 
-def test_index_older_than_its_tar(tmp_path):
+def test_an_index_older_than_its_tar(tmp_path):
+    """Copied without its times, it is the same; written anew, of the same size, it is not."""
     path = make_shards(tmp_path, [3])[0]
-    stamp = index_file(path).stat().st_mtime_ns + 10**9
+    size, stamp = path.stat().st_size, index_file(path).stat().st_mtime_ns + 10**9
+    os.utime(path, ns=(stamp, stamp))
+    assert read_index(path).samples == 3
+    write_tar(path, [(f"x{i}.png", image_bytes(i)) for i in range(3)])
+    path.write_bytes(path.read_bytes().ljust(size, b"\0")[:size])
     os.utime(path, ns=(stamp, stamp))
     with pytest.raises(ValueError, match=f"index is older than its tar.*dsmim shards index {path}"):
         read_index(path)
