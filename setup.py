@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 _LINES = (ROOT / "dsmim/__init__.py").read_text().splitlines()
 VERSION = next(line.split('"')[1] for line in _LINES if line.startswith("__version__"))
+REMOTE = ["fsspec[http]>=2024.6", "s3fs>=2024.6"]  # the tests need them too
 
 setup(
     name="dsmim",
@@ -37,10 +38,9 @@ setup(
     ],
     extras_require={
         "demo": ["elpv-dataset==1.0.0.post1", "scikit-learn>=1.4"],
-        "remote": ["fsspec[http]>=2024.6", "s3fs>=2024.6"],
+        "remote": REMOTE,
         "test": [
-            "fsspec[http]>=2024.6",
-            "s3fs>=2024.6",
+            *REMOTE,
             "moto[s3,server]>=5",
             "pytest>=8",
             "pytest-xdist>=3.5",

@@ -15,7 +15,7 @@ from dsmim.engine import checkpoint
 from dsmim.engine.runtime import Runtime, joined
 from dsmim.engine.zero import resolve_precision
 from dsmim.models.weights import load_into
-from dsmim.recipe import Recipe, required
+from dsmim.recipe import Recipe
 from dsmim.recipe_file import apply_overrides
 from dsmim.tasks import Task, build_task
 from dsmim.tasks.base import Batch
@@ -30,7 +30,6 @@ def evaluate(path: Path, overrides: list[str]) -> dict[str, Any]:
         found = runtime.on_first(lambda: str(checkpoint.locate(path)))
         recipe = runtime.together(lambda: recipe_of(Path(found), overrides))
         task = runtime.together(lambda: build_task(recipe))
-        runtime.together(lambda: required(recipe.data.val, "data.val"))
         data = open_validation(recipe, task, runtime)
         runtime.on_first(lambda: str(load_into(task.model, checkpoint.checkpoint_weights(Path(found)), found)))
         runtime.broadcast(task.model.to(runtime.device))
@@ -43,10 +42,8 @@ def recipe_of(path: Path, overrides: list[str]) -> Recipe:
     return apply_overrides(checkpoint.read_state(path)["recipe"], str(path), overrides)
 
 
-def open_validation(recipe: Recipe, task: Task, runtime: Runtime) -> EvalDataset | None:
-    """The recipe's validation samples; None when it names none. Collective: rank 0 opens the indexes for all."""
-    if recipe.data.val is None:
-        return None
+def open_validation(recipe: Recipe, task: Task, runtime: Runtime) -> EvalDataset:
+    """The recipe's validation samples. Collective: rank 0 opens the indexes for all. Raises ValueError without any."""
     shards = runtime.on_first(lambda: validation_shards(recipe.data))
     reader = runtime.together(lambda: open_reader(recipe.data, shards, window=1))
     return EvalDataset(reader, task.eval_sample, task.classes)

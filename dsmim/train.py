@@ -67,7 +67,9 @@ class _Training:
         torch.manual_seed(recipe.seed)
         self.task = runtime.together(lambda: build_task(recipe))
         self.data = training_data(recipe, self.task, runtime)
-        self.validation: EvalDataset | None = open_validation(recipe, self.task, runtime)
+        self.validation: EvalDataset | None = None
+        if recipe.data.val is not None:
+            self.validation = open_validation(recipe, self.task, runtime)
         batch, epoch = recipe.batch, self.data.order.epoch_samples
         self.accumulation: int = runtime.together(
             lambda: accumulation_steps(batch.global_batch, batch.micro_batch, runtime.world_size)

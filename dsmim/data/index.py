@@ -136,12 +136,12 @@ def index_file(tar: str, index_dir: str | Path | None = None) -> str:
     return os.path.join(index_dir, f"{name}.{_folder_mark(folder)}{SUFFIX}")  # noqa: PTH118 - as above
 
 
-def write_index(tar: str | Path, index_dir: str | Path | None = None) -> ShardIndex:
-    """Index one local shard and write the sidecar atomically.
+def write_index(tar: str | Path, index_dir: str | Path | None = None, copy: Path | None = None) -> ShardIndex:
+    """Index one shard and write the sidecar atomically. copy: a local file with the bytes of a remote one.
 
     Raises ValueError naming the shard when it is no whole tar, a key stands twice, or it holds no image.
     """
-    return write_sidecar(str(tar), index_file(str(tar), index_dir), *describe(Path(tar), str(tar)))
+    return write_sidecar(str(tar), index_file(str(tar), index_dir), *describe(copy or Path(tar), str(tar)))
 
 
 def describe(path: Path, name: str) -> tuple[list[Sample], int, str]:

@@ -17,13 +17,11 @@ from braceexpand import braceexpand
 from dsmim.data.index import (
     SUFFIX,
     ShardIndex,
-    describe,
     index_file,
     parse_page,
     read_index,
     write_atomically,
     write_index,
-    write_sidecar,
 )
 from dsmim.data.parallel import parallel
 from dsmim.data.remote import check, download, fetch_small, is_remote
@@ -110,10 +108,8 @@ def _index_one(tar: str, index_dir: str | None, force: bool) -> ShardIndex:
             index_file(tar, index_dir)  # raises for what indexing cannot mend
         if is_remote(tar) and not tar.startswith("pipe:") and (published := _published(tar, index_dir)):
             return published
-    if not is_remote(tar):
-        return write_index(tar, index_dir)
     with local_copy(tar) as copy:
-        return write_sidecar(tar, index_file(tar, index_dir), *describe(copy, tar))
+        return write_index(tar, index_dir, copy)
 
 
 def _published(tar: str, index_dir: str) -> ShardIndex | None:
