@@ -1,6 +1,20 @@
 """Networks only: built by name, plain torch, no engine and no data."""
 
-from dsmim.models.registry import create_model, layer_ids, model_names, timm_arguments
+from dsmim.models.blocks import Recompute
+from dsmim.models.build import materialise, materialised
+from dsmim.models.registry import create_model, layer_ids, model_names, set_recompute, timm_arguments
 from dsmim.models.simmim import SimMIM
+from dsmim.models.window_attention import fix_position_bias
 
-__all__ = ["SimMIM", "create_model", "layer_ids", "model_names", "timm_arguments"]
+__all__ = [
+    "Recompute",
+    "SimMIM",
+    "create_model",
+    "fix_position_bias",
+    "layer_ids",
+    "materialise",
+    "materialised",
+    "model_names",
+    "set_recompute",
+    "timm_arguments",
+]

@@ -4,35 +4,78 @@ from __future__ import annotations
 
 import difflib
 
+import torch
 from torch import nn
 
-from dsmim.models import swin_v2
+from dsmim.models import foreign, swin_sizes, vit
+from dsmim.models.blocks import Recompute
+from dsmim.models.build import materialised
+from dsmim.models.swin_v2 import SwinTransformerV2
+
+_ONLY_SWIN = ("window_size", "pretrained_window_sizes", "extra_norm_every", "sequential_stages")
 
 
 def model_names() -> list[str]:
-    """Every name that create_model takes."""
-    return list(swin_v2.SIZES)
+    """Every name of our own that create_model takes; `timm:NAME` gives any network of timm besides."""
+    return [*swin_sizes.SIZES, *vit.SIZES]
 
 
-def create_model(name: str, **options) -> nn.Module:
-    """Build a network with fresh weights, on the CPU, in fp32.
+def create_model(name: str, device: str = "cpu", **options) -> nn.Module:
+    """Build a network with fresh fp32 weights in host memory, or on device "meta" without any (see build.py).
 
-    Options: img_size (pixels), window_size (tokens), num_classes (0: no head, the forward gives pooled features),
-    drop_path_rate, pretrained_window_sizes (one per stage, 0: the window itself).
-    Raises ValueError for an unknown name, with the nearest known one.
+    Options: img_size (pixels), num_classes (0: no head, the forward gives pooled features), drop_path_rate; for Swin
+    window_size (tokens), pretrained_window_sizes (one per stage, 0: the window itself), extra_norm_every,
+    sequential_stages (see SwinTransformerV2). None, or 0, means: not given.
+    Raises ValueError for an unknown name, with the nearest known one, and for options that the network does not take.
     """
-    if name not in swin_v2.SIZES:
-        close = difflib.get_close_matches(name, model_names(), n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"model.name: no model {name!r}{hint} Known: {', '.join(model_names())}")
-    return swin_v2.build(name, **options)
+    options = {key: value for key, value in options.items() if value is not None}
+    if name.startswith(foreign.PREFIX):
+        return foreign.build(name, **_without_windows(name, options))
+    family = _family(name)
+    if family is not swin_sizes:
+        options = _without_windows(name, options)
+    with torch.device("meta"):
+        model = family.build(name, **options)
+    return materialised(model) if device == "cpu" else model
 
 
 def layer_ids(model: nn.Module) -> dict[str, int]:
     """Depth of every parameter for layer-wise learning-rate decay: 0 is the patch embedding, the highest the head."""
-    return swin_v2.layer_ids(model)
+    if isinstance(model, SwinTransformerV2):
+        return swin_sizes.layer_ids(model)
+    return vit.layer_ids(model) if isinstance(model, vit.DeiT3) else foreign.layer_ids(model)
+
+
+def set_recompute(model: nn.Module, recompute: Recompute) -> None:
+    """Choose the blocks under activation checkpointing. Raises ValueError where a network of timm cannot follow."""
+    if hasattr(model, "set_recompute"):
+        return model.set_recompute(recompute)
+    if recompute.every > 1 or recompute.stages is not None:
+        raise ValueError("model.grad_checkpointing: a network of timm recomputes every block (1) or none (0)")
+    if recompute.every:
+        model.set_grad_checkpointing(True)
 
 
 def timm_arguments(name: str, **options) -> tuple[str, dict]:
-    """(entry point, keyword arguments) with which `timm.create_model` builds the same network."""
-    return swin_v2.timm_arguments(name, **options)
+    """(entry point, keyword arguments) with which `timm.create_model` builds the same network. Raises ValueError where
+    timm has none."""
+    if name.startswith(foreign.PREFIX):
+        return name.removeprefix(foreign.PREFIX), _without_windows(name, options)
+    family = _family(name)
+    return family.timm_arguments(name, **(options if family is swin_sizes else _without_windows(name, options)))
+
+
+def _family(name: str):
+    for family in (swin_sizes, vit):
+        if name in family.SIZES:
+            return family
+    close = difflib.get_close_matches(name, model_names(), n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise ValueError(f"model.name: no model {name!r}{hint} Known: {', '.join(model_names())}, timm:NAME")
+
+
+def _without_windows(name: str, options: dict) -> dict:
+    given = [key for key in _ONLY_SWIN if options.get(key)]
+    if given:
+        raise ValueError(f"model.{given[0]}: {name} has no windows; only Swin V2 (swinv2_…) takes it")
+    return {key: value for key, value in options.items() if key not in _ONLY_SWIN}

@@ -6,9 +6,13 @@ import torch
 from timm.layers import trunc_normal_
 from torch import nn
 
+from dsmim.models.initialise import DEVIATION
+
 
 class SimMIM(nn.Module):
-    """A masked autoencoder around `encoder`, a Swin Transformer V2 without head.
+    """A masked autoencoder around `encoder`, a network of ours without head.
+
+    Like any of them it may be made on the meta device (see build.py).
 
     target_window: side in pixels (odd) of the sliding window that normalises the target; None: plain pixels.
     Key names: `encoder.*` as timm names them, `mask_token`, and `decoder.0` as in microsoft/SimMIM.
@@ -16,17 +20,19 @@ class SimMIM(nn.Module):
 
     def __init__(self, encoder: nn.Module, target_window: int | None = None):
         super().__init__()
-        channels = encoder.in_chans
+        if not hasattr(encoder, "encode"):
+            raise ValueError("task.name: simmim pre-trains dsmim's own networks; one of timm can be fine-tuned only")
         self.encoder = encoder
-        self.patch = encoder.patch_embed.patch_size[0]
+        self.patch, self.stride = encoder.patch, encoder.stride
         self.target_window = target_window
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.embed_dim))
-        trunc_normal_(self.mask_token, std=0.02)  # as microsoft/SimMIM for Swin
-        stride = encoder.feature_info[-1]["reduction"]
+        self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.embed_dim))
         self.decoder = nn.Sequential(
-            nn.Conv2d(encoder.num_features, stride**2 * channels, kernel_size=1),
-            nn.PixelShuffle(stride),
+            nn.Conv2d(encoder.num_features, self.stride**2 * encoder.in_chans, kernel_size=1),
+            nn.PixelShuffle(self.stride),
         )
+
+    def initialise(self) -> None:
+        trunc_normal_(self.mask_token, std=DEVIATION)  # as microsoft/SimMIM for Swin
 
     def forward(self, images: torch.Tensor, mask: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
         """Mean absolute error over the hidden pixels and all channels.
@@ -44,13 +50,12 @@ class SimMIM(nn.Module):
 
     def reconstruct(self, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The prediction for every pixel, (B, C, H, W), in the space of `target`."""
-        x = self.encoder.patch_embed(images)  # (B, h, w, D), its norm included
+        x = self.encoder.tokens(images)  # (B, h, w, D)
         if mask.shape != x.shape[:3]:
             raise ValueError(f"mask has shape {tuple(mask.shape)}, the tokens {tuple(x.shape[:3])}")
         weight = mask.unsqueeze(-1).to(x.dtype)  # (B, h, w, 1)
         x = x * (1 - weight) + self.mask_token.unsqueeze(0).to(x.dtype) * weight
-        x = self.encoder.norm(self.encoder.layers(x))
-        return self.decoder(x.permute(0, 3, 1, 2))
+        return self.decoder(self.encoder.encode(x))
 
     def target(self, images: torch.Tensor) -> torch.Tensor:
         """What is predicted: the images, or the images normalised within a sliding window."""

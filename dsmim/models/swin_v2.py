@@ -1,70 +1,179 @@
-"""Swin Transformer V2 (arXiv 2111.09883) through timm's implementation: its modules, its key names.
+"""Swin Transformer V2 (arXiv 2111.09883): the network, with timm's key names.
 
-timm's network equals the authors' bit for bit after renaming keys, so that only the sizes live here.
+Its outputs equal timm's implementation within rounding, which equals the authors' after renaming keys. Own code because
+what this project is for lies inside the block: attention, activation checkpointing, and parameters made in parts.
+
+Shapes: maps are (B, H, W, C) throughout, as in timm.
 """
 
 from __future__ import annotations
 
-import re
+import torch
+from timm.layers import ClassifierHead, Mlp, PatchEmbed
+from torch import nn
+from torch.nn import functional as F
 
-from timm.models.swin_transformer_v2 import SwinTransformerV2
+from dsmim.models.blocks import Recompute, run
+from dsmim.models.window_attention import WindowAttention
 
-# Width of stage 1, blocks per stage, heads per stage (head width 32 throughout).
-# tiny, small, base: Table 1 of the paper and microsoft/Swin-Transformer configs/swinv2; nano is ours, for CPUs.
-SIZES = {
-    "swinv2_nano": dict(embed_dim=32, depths=(1, 1, 3, 1), num_heads=(1, 2, 4, 8)),
-    "swinv2_tiny": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
-    "swinv2_small": dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
-    "swinv2_base": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
-}
 PATCH = 4  # pixels; every published size uses it
-STRIDE = 32  # pixels between two outputs of the last stage
+MASKED = -100.0  # microsoft/Swin-Transformer: added to scores between tokens that are no neighbours
 
 
-def build(
-    name: str,
-    img_size: int = 192,
-    window_size: int = 12,
-    num_classes: int = 0,
-    drop_path_rate: float = 0.0,
-    pretrained_window_sizes: tuple[int, ...] | None = None,
-) -> SwinTransformerV2:
-    """The network `name` of SIZES; see registry.create_model for the options.
+class ResPostNorm(nn.LayerNorm):
+    """The norm at the end of a residual branch. It starts at 0, so that every block starts as the identity."""
 
-    Raises ValueError when img_size is not a multiple of 32.
+    def initialise(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382), per sample, kept samples scaled up. timm's holds its rate as a Python
+    number, of which torch.compile makes one graph each."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.register_buffer("keep", torch.tensor(1 - rate, device="cpu"), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) < self.keep
+        return x * (kept / self.keep).to(x.dtype)
+
+
+class SwinTransformerV2Block(nn.Module):
+    """Attention in (shifted) windows, then an MLP, each normed before it is added; perhaps a norm after both.
+
+    size: side of the map in tokens; extra_norm: LayerNorm on the main branch (section 3.2 of the paper), key `enorm`
+    as in the authors' later code.
     """
-    if img_size % STRIDE:
-        raise ValueError(f"model.img_size: {name} halves its map three times, so {img_size} must be a multiple of 32")
-    return SwinTransformerV2(
-        img_size=img_size,
-        patch_size=PATCH,
-        window_size=window_size,
-        num_classes=num_classes,
-        drop_path_rate=drop_path_rate,
-        pretrained_window_sizes=tuple(pretrained_window_sizes or (0, 0, 0, 0)),
-        **SIZES[name],
-    )
+
+    def __init__(self, dim: int, size: int, num_heads: int, window: int, shifted: bool, coordinate_window: int,
+                 drop_path: float, extra_norm: bool, in_sequence: bool):  # fmt: skip
+        super().__init__()
+        self.window = min(window, size)
+        self.shift = window // 2 if shifted and size > window else 0
+        self.attn = WindowAttention(dim, self.window, num_heads, coordinate_window or self.window, in_sequence)
+        self.norm1 = ResPostNorm(dim)
+        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.mlp = Mlp(dim, 4 * dim)
+        self.norm2 = ResPostNorm(dim)
+        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.enorm = nn.LayerNorm(dim) if extra_norm else None
+        padded = size + -size % self.window
+        self.register_buffer("mask", _mask(padded, self.window, self.shift) if self.shift else None, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.drop_path1(self.norm1(self.mix(x)))
+        x = x + self.drop_path2(self.norm2(self.mlp(x)))
+        return x if self.enorm is None else self.enorm(x)
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        """Attention within windows, on the map rolled by the shift and padded with zeros to whole windows."""
+        _, H, W, C = x.shape
+        w, s = self.window, self.shift
+        x = x.roll((-s, -s), (1, 2)) if s else x
+        if H % w or W % w:
+            x = F.pad(x, (0, 0, 0, -W % w, 0, -H % w))
+        rows, columns = x.shape[1] // w, x.shape[2] // w
+        x = x.view(-1, rows, w, columns, w, C).transpose(2, 3).reshape(-1, w * w, C)  # (B · windows, w², C)
+        x = self.attn(x, self.mask)
+        x = x.view(-1, rows, columns, w, w, C).transpose(2, 3).reshape(-1, rows * w, columns * w, C)
+        x = x[:, :H, :W]
+        return x.roll((s, s), (1, 2)) if s else x
 
 
-def timm_arguments(name: str, **options) -> tuple[str, dict]:
-    """An entry point of timm and the arguments that turn it into `name`."""
-    options = {key: value for key, value in options.items() if value is not None}
-    return "swinv2_base_window12_192", {"window_size": 12, "img_size": 192, **SIZES[name], **options}
+class PatchMerging(nn.Module):
+    """(B, H, W, C) → (B, H/2, W/2, 2C): four neighbours become one token."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(2 * dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, H, W, C = x.shape
+        x = x.view(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5).flatten(3)  # column by column, as published
+        return self.norm(self.reduction(x))
 
 
-def layer_ids(model: SwinTransformerV2) -> dict[str, int]:
-    """Parameter name → layer id as microsoft/SimMIM counts (get_swin_layer): patch embedding 0, block k of the whole
-    network k + 1, a downsampling layer with the last block before it, final norm and head one above all blocks.
+class Stage(nn.Module):
+    """Blocks at one resolution, behind a PatchMerging but in the first stage (which is where timm puts it)."""
+
+    def __init__(self, number: int, first_block: int, blocks: list[nn.Module], dim: int):
+        super().__init__()
+        self.number, self.first_block = number, first_block
+        self.downsample = PatchMerging(dim // 2) if number else nn.Identity()
+        self.blocks = nn.ModuleList(blocks)
+        self.recompute = Recompute()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return run(self.blocks, self.downsample(x), self.recompute, self.first_block, self.number)
+
+
+class SwinTransformerV2(nn.Module):
+    """The whole network: images (B, 3, img_size, img_size) → logits (B, num_classes), or pooled features without head.
+
+    window_size: tokens, clamped to the map; pretrained_window_sizes: per stage, see WindowAttention (0: its window);
+    extra_norm_every: an extra norm behind each n-th block of a stage (0: none); sequential_stages: in so many first
+    stages windows are attended to a few at a time. The drop path rate grows linearly from block to block.
     """
-    depths = [len(stage.blocks) for stage in model.layers]
-    return {name: _layer_id(name, depths) for name, _ in model.named_parameters()}
+
+    in_chans = 3
+    patch, stride = PATCH, 8 * PATCH
+
+    def __init__(self, img_size: int, window_size: int, embed_dim: int, depths: tuple[int, ...],
+                 num_heads: tuple[int, ...], num_classes: int, drop_path_rate: float,
+                 pretrained_window_sizes: tuple[int, ...], extra_norm_every: int, sequential_stages: int):  # fmt: skip
+        super().__init__()
+        self.embed_dim, self.num_features = embed_dim, embed_dim * 2 ** (len(depths) - 1)
+        self.patch_embed = PatchEmbed(
+            img_size, PATCH, self.in_chans, embed_dim, norm_layer=nn.LayerNorm, output_fmt="NHWC"
+        )
+        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
+        stages, first = [], 0
+        for stage, depth in enumerate(depths):
+            dim, size = embed_dim * 2**stage, img_size // PATCH // 2**stage
+            blocks = [
+                SwinTransformerV2Block(
+                    dim, size, num_heads[stage], window_size, number % 2 == 1, pretrained_window_sizes[stage],
+                    rates[first + number], bool(extra_norm_every) and (number + 1) % extra_norm_every == 0,
+                    stage < sequential_stages,
+                )
+                for number in range(depth)
+            ]  # fmt: skip
+            stages.append(Stage(stage, first, blocks, dim))
+            first += depth
+        self.layers = nn.Sequential(*stages)
+        self.norm = nn.LayerNorm(self.num_features)
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type="avg", input_fmt="NHWC")
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.layers(self.patch_embed(images))))
+
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) → (B, H/4, W/4, C): the patches that a mask token may replace."""
+        return self.patch_embed(images)
+
+    def encode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, h, w, C) tokens → (B, 8C, h/8, w/8) features."""
+        return self.norm(self.layers(tokens)).permute(0, 3, 1, 2)
+
+    def set_recompute(self, recompute: Recompute) -> None:
+        for stage in self.layers:
+            stage.recompute = recompute
+
+    def blocks(self) -> list[nn.Module]:
+        return [block for stage in self.layers for block in stage.blocks]
 
 
-def _layer_id(name: str, depths: list[int]) -> int:
-    if name.startswith("patch_embed."):
-        return 0
-    if match := re.match(r"layers\.(\d+)\.downsample\.", name):  # timm puts it at the head of the next stage
-        return sum(depths[: int(match[1])])
-    if match := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name):
-        return sum(depths[: int(match[1])]) + int(match[2]) + 1
-    return sum(depths) + 1
+def _mask(size: int, window: int, shift: int) -> torch.Tensor:
+    """(K, N, N) for the K windows of a rolled map: 0 between tokens that were neighbours before, else MASKED."""
+    edges = torch.zeros(size, device="cpu")
+    edges[-window:-shift] = 1
+    edges[-shift:] = 2
+    region = 3 * edges[:, None] + edges[None, :]
+    region = region.view(size // window, window, size // window, window).transpose(1, 2).reshape(-1, window**2)
+    return (region[:, :, None] != region[:, None, :]).float() * MASKED

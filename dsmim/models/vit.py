@@ -1,0 +1,123 @@
+"""Vision transformers as DeiT III trains them (arXiv 2204.07118), on timm's blocks and with its key names.
+
+What differs from timm's `deit3_*` entry points, which load the published weights well but start training otherwise
+(facebookresearch/deit, models_v2.py): LayerScale starts at 1e-4 at every depth, stochastic depth has the same rate in
+every block, class token and head start as truncated normals. The class token has no position.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+import torch
+from timm.layers import DropPath, LayerScale, trunc_normal_
+from timm.models.vision_transformer import Block, ParallelThingsBlock, VisionTransformer
+from torch import nn
+
+from dsmim.models.blocks import Recompute, run
+from dsmim.models.initialise import DEVIATION
+
+LAYER_SCALE = 1e-4  # models_v2.py, init_values
+
+# facebookresearch/deit, models_v2.py; "x2": two attentions, then two MLPs, side by side. nano is ours, for CPUs.
+# timm's words for the paper's g and G: giant and gigantic.
+SIZES = {
+    "deit3_nano_patch16": dict(patch_size=16, embed_dim=96, depth=4, num_heads=3),
+    "deit3_tiny_patch16": dict(patch_size=16, embed_dim=192, depth=12, num_heads=3),
+    "deit3_small_patch16": dict(patch_size=16, embed_dim=384, depth=12, num_heads=6),
+    "deit3_small_patch16_36": dict(patch_size=16, embed_dim=384, depth=36, num_heads=6),
+    "deit3_small_patch16_18x2": dict(patch_size=16, embed_dim=384, depth=18, num_heads=6, parallel=True),
+    "deit3_medium_patch16": dict(patch_size=16, embed_dim=512, depth=12, num_heads=8),
+    "deit3_base_patch16": dict(patch_size=16, embed_dim=768, depth=12, num_heads=12),
+    "deit3_base_patch16_36": dict(patch_size=16, embed_dim=768, depth=36, num_heads=12),
+    "deit3_base_patch16_18x2": dict(patch_size=16, embed_dim=768, depth=18, num_heads=12, parallel=True),
+    "deit3_large_patch16": dict(patch_size=16, embed_dim=1024, depth=24, num_heads=16),
+    "deit3_huge_patch14": dict(patch_size=14, embed_dim=1280, depth=32, num_heads=16),
+    "deit3_huge_patch14_52": dict(patch_size=14, embed_dim=1280, depth=52, num_heads=16),
+    "deit3_huge_patch14_26x2": dict(patch_size=14, embed_dim=1280, depth=26, num_heads=16, parallel=True),
+    "deit3_giant_patch14_40": dict(patch_size=14, embed_dim=1408, depth=40, num_heads=16),
+    "deit3_giant_patch14_40x2": dict(patch_size=14, embed_dim=1408, depth=40, num_heads=16, parallel=True),
+    "deit3_gigantic_patch14_48": dict(patch_size=14, embed_dim=1664, depth=48, num_heads=16),
+    "deit3_gigantic_patch14_48x2": dict(patch_size=14, embed_dim=1664, depth=48, num_heads=16, parallel=True),
+}
+
+
+class DeiT3(VisionTransformer):
+    """timm's network, begun as DeiT III begins; images (B, 3, H, W) → logits (B, classes), or features without head.
+
+    An image whose side is no multiple of the patch loses the rest: 160 pixels make 11 × 11 patches of 14.
+    """
+
+    def __init__(self, drop_path_rate: float, patch_size: int, **options):
+        super().__init__(
+            patch_size=patch_size, no_embed_class=True, init_values=LAYER_SCALE, weight_init="skip",
+            norm_layer=partial(nn.LayerNorm, eps=1e-6), **options,
+        )  # fmt: skip
+        self.patch = self.stride = patch_size
+        self.recompute = Recompute()
+        for block in self.blocks:
+            _uniform(block, drop_path_rate)
+
+    def initialise(self) -> None:
+        trunc_normal_(self.pos_embed, std=DEVIATION)
+        trunc_normal_(self.cls_token, std=DEVIATION)
+
+    def forward_features(self, images: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self._through(self.patch_embed(images))
+
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) → (B, H/patch, W/patch, D): the patches that a mask token may replace."""
+        return self.patch_embed(images).unflatten(1, self.patch_embed.grid_size)
+
+    def encode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, h, w, D) tokens → (B, D, h, w) features, the class token left out."""
+        B, h, w, D = tokens.shape
+        return self._through(tokens.flatten(1, 2))[:, 1:].transpose(1, 2).reshape(B, D, h, w)
+
+    def set_recompute(self, recompute: Recompute) -> None:
+        self.recompute = recompute
+
+    def _through(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, D) patches → (B, 1 + N, D), normed."""
+        return self.norm(run(self.blocks, self._pos_embed(x), self.recompute))
+
+
+def build(name: str, img_size: int = 224, num_classes: int = 0, drop_path_rate: float = 0.0) -> DeiT3:
+    """The network `name` of SIZES. Raises ValueError for an image smaller than a patch."""
+    size = dict(SIZES[name])
+    if img_size < size["patch_size"]:
+        raise ValueError(f"model.img_size: {img_size} is less than a patch of {name}")
+    block = ParallelThingsBlock if size.pop("parallel", False) else Block
+    return DeiT3(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate, block_fn=block, **size)
+
+
+def timm_arguments(name: str, **options) -> tuple[str, dict]:
+    """An entry point of timm and the arguments that turn it into `name`."""
+    size = dict(SIZES[name])
+    options = {key: value for key, value in options.items() if value is not None}
+    if size.pop("parallel", False):
+        options["block_fn"] = ParallelThingsBlock
+    return "deit3_base_patch16_224", size | {"init_values": LAYER_SCALE} | options
+
+
+def layer_ids(model: VisionTransformer) -> dict[str, int]:
+    """Parameter name → layer id as BEiT and MAE count (get_layer_id_for_vit): tokens, positions and patch embedding 0,
+    block i is i + 1, final norm and head one above all blocks."""
+    return {name: _layer_id(name, len(model.blocks)) for name, _ in model.named_parameters()}
+
+
+def _layer_id(name: str, depth: int) -> int:
+    if match := re.match(r"blocks\.(\d+)\.", name):
+        return int(match[1]) + 1
+    return 0 if re.match(r"(cls_token|pos_embed|patch_embed)", name) else depth + 1
+
+
+def _uniform(block: nn.Module, rate: float) -> None:
+    """The same drop path rate in every block (models_v2.py: dpr = [rate] * depth), LayerScale's first value."""
+    for name, module in list(block.named_modules()):
+        if isinstance(module, LayerScale):
+            module.init_values = LAYER_SCALE
+        if name.rpartition(".")[2].startswith("drop_path"):
+            parent, _, leaf = name.rpartition(".")
+            setattr(block.get_submodule(parent), leaf, DropPath(rate) if rate else nn.Identity())
