@@ -105,9 +105,10 @@ def _add_evaluate(commands) -> None:
 
 def _add_export(commands) -> None:
     export = _command(commands, "export", "Write a checkpoint's weights for other tools", _export)
-    export.add_argument("checkpoint", type=Path)
-    export.add_argument("--to", choices=["timm"], default="timm", help="layout of the keys")
-    export.add_argument("out", type=Path, help="a .safetensors file")
+    export.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory for its newest valid one")
+    layouts = "timm (default), the network's authors', or ours with all that another run starts from"
+    export.add_argument("--to", choices=["timm", "authors", "dsmim"], default="timm", help=f"whose names: {layouts}")
+    export.add_argument("out", type=Path, help="a .safetensors or .pth file")
 
 
 def _add_recipes(commands) -> None:
@@ -146,9 +147,9 @@ def _evaluate(options) -> None:
 
 
 def _export(options) -> None:
-    from dsmim.export import export_timm
+    from dsmim.export import export
 
-    print(export_timm(options.checkpoint, options.out))
+    print(export(options.checkpoint, options.out, options.to))
 
 
 def _recipes(options) -> None:

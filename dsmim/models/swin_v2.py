@@ -66,22 +66,18 @@ class SwinTransformerV2Block(nn.Module):
         self.register_buffer("mask", _mask(padded, self.window, self.shift) if self.shift else None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path1(self.norm1(self.mix(x)))
-        x = x + self.drop_path2(self.norm2(self.mlp(x)))
+        x = self.drop_path1(self.norm1(self.mix(x))).add_(x)
+        x = self.drop_path2(self.norm2(self.mlp(x))).add_(x)
         return x if self.enorm is None else self.enorm(x)
 
     def mix(self, x: torch.Tensor) -> torch.Tensor:
         """Attention within windows, on the map rolled by the shift and padded with zeros to whole windows."""
-        _, H, W, C = x.shape
+        _, H, W, _ = x.shape
         w, s = self.window, self.shift
         x = x.roll((-s, -s), (1, 2)) if s else x
         if H % w or W % w:
             x = F.pad(x, (0, 0, 0, -W % w, 0, -H % w))
-        rows, columns = x.shape[1] // w, x.shape[2] // w
-        x = x.view(-1, rows, w, columns, w, C).transpose(2, 3).reshape(-1, w * w, C)  # (B · windows, w², C)
-        x = self.attn(x, self.mask)
-        x = x.view(-1, rows, columns, w, w, C).transpose(2, 3).reshape(-1, rows * w, columns * w, C)
-        x = x[:, :H, :W]
+        x = self.attn(x, self.mask)[:, :H, :W]
         return x.roll((s, s), (1, 2)) if s else x
 
 

@@ -53,13 +53,13 @@ class WindowAttention(nn.Module):
         nn.init.zeros_(self.v_bias)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """x (W, N, C), N = window²; mask (K, N, N): added to the scores of window w at place w mod K."""
+        """x (B, H, W, C), whole windows; mask (windows, N, N) is added to the scores, N = window²."""
         qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = self.qkv(x, qkv_bias).unflatten(-1, (3, self.num_heads, -1))  # (W, N, 3, H, D)
+        qkv = self.qkv(x, qkv_bias).unflatten(-1, (3, self.num_heads, -1))  # (B, H, W, 3, heads, D)
         with torch.autocast(x.device.type, enabled=False):  # scale, bias and softmax stay in fp32
             scale = self.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
             bias = self.position_bias() if self.fixed_bias is None else self.fixed_bias
-            x = attend(qkv, scale, bias, mask, self.in_sequence)
+            x = attend(qkv, self.window, scale, bias, mask, self.in_sequence)
         return self.proj(x)
 
     def position_bias(self) -> torch.Tensor:
