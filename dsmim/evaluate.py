@@ -14,7 +14,8 @@ from dsmim.data.loader import eval_loader
 from dsmim.engine import checkpoint
 from dsmim.engine.runtime import Runtime, joined
 from dsmim.engine.zero import resolve_precision
-from dsmim.models.weights import load_into
+from dsmim.models import fix_position_bias
+from dsmim.models.weights import State, complete
 from dsmim.recipe import Recipe
 from dsmim.recipe_file import apply_overrides
 from dsmim.tasks import Task, build_task
@@ -31,7 +32,8 @@ def evaluate(path: Path, overrides: list[str]) -> dict[str, Any]:
         recipe = runtime.together(lambda: recipe_of(Path(found), overrides))
         task = runtime.together(lambda: build_task(recipe))
         data = open_validation(recipe, task, runtime)
-        runtime.on_first(lambda: str(load_into(task.model, checkpoint.checkpoint_weights(Path(found)), found)))
+        state = runtime.together(lambda: weights_for(task, Path(found)) if runtime.is_first else None)
+        list(task.fill(state))
         runtime.broadcast(task.model.to(runtime.device))
         figures = validate(_Autocast(task.model, recipe, runtime), task, data, recipe, runtime)
         return {"checkpoint": found, "data": recipe.data.val, **figures}
@@ -40,6 +42,11 @@ def evaluate(path: Path, overrides: list[str]) -> dict[str, Any]:
 def recipe_of(path: Path, overrides: list[str]) -> Recipe:
     """The recipe a checkpoint was trained with, `key=value` overrides applied."""
     return apply_overrides(checkpoint.read_state(path)["recipe"], str(path), overrides)
+
+
+def weights_for(task: Task, found: Path) -> State:
+    """A checkpoint's weights for the task's model; see Task.fill. Raises ValueError when they are another model's."""
+    return complete(task.model, checkpoint.checkpoint_weights(found), str(found))
 
 
 def open_validation(recipe: Recipe, task: Task, runtime: Runtime) -> EvalDataset:
@@ -85,3 +92,4 @@ class _Autocast:
 
     def eval(self) -> None:
         self.model.eval()
+        fix_position_bias(self.model)

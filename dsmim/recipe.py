@@ -81,19 +81,33 @@ class ClassifyTask(Section):
 
 class Model(Section):
     name: str
-    """A name that `dsmim.models.create_model` knows."""
+    """A name that `dsmim.models.create_model` knows, or timm:NAME for any network of timm (to be fine-tuned)."""
     img_size: Count
     """Side of the square input in pixels."""
-    window_size: Count
-    """Attention window in tokens (clamped to the feature map)."""
+    window_size: Count | None = None
+    """Swin V2: attention window in tokens (clamped to the feature map)."""
     drop_path_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Stochastic depth of the deepest block; it grows linearly from 0."""
+    """Stochastic depth. Swin V2 and timm: of the deepest block, growing linearly from 0; DeiT III: of every block."""
     pretrained_window_sizes: list[int] | None = None
     """Per stage: window of the pre-training, to which the position-bias coordinates are scaled (0: this window)."""
-    grad_checkpointing: bool = False
-    """Recompute every block in the backward pass instead of keeping its activations."""
+    extra_norm_every: Annotated[int, Field(ge=0)] = 0
+    """Swin V2: a further norm behind each n-th block of a stage (arXiv 2111.09883: 6 in the two largest); 0: none."""
+    sequential_stages: Annotated[int, Field(ge=0)] = 0
+    """Swin V2: in so many first stages a few windows are attended to at a time: less memory at high resolution."""
+    options: dict[str, Any] = {}
+    """timm:NAME: further arguments of timm.create_model, such as {global_pool: avg}."""
+    grad_checkpointing: Annotated[int, Field(ge=0)] = 0
+    """Recompute each n-th block in the backward pass instead of keeping its activations: 1 every block, 0 none."""
+    grad_checkpointing_stages: Count | None = None
+    """Recompute blocks of so many first stages only; null: of all."""
+    compile: bool = False
+    """torch.compile of every block: faster steps after minutes of compilation."""
     weights: str | None = None
-    """Where training starts from: a run directory, one of its checkpoints, or a .safetensors file."""
+    """Where training starts from: a run directory, one of its checkpoints, a .safetensors file, or one of torch.save;
+    in our names, timm's, or the authors' of Swin V2, SimMIM, DeiT III, MAE and BEiT."""
+    weights_head: str | None = None
+    """What becomes of their classifier, if both they and the model have one: keep, drop (a fresh one), imagenet22k or
+    imagenet22k-ms (the rows of ImageNet-1K's classes), or a file with one row number per class."""
 
 
 class Augment(Section):

@@ -25,9 +25,10 @@ from dsmim.engine.watch import Watch
 from dsmim.engine.zero import Engine, StepResult
 from dsmim.evaluate import open_validation, to_device, validate
 from dsmim.log import Clock, Log
-from dsmim.models.weights import load_into
+from dsmim.models.weights import State
 from dsmim.recipe import Duration, Recipe
 from dsmim.tasks import Task, build_task
+from dsmim.weights_file import warm_start
 
 
 def fit(recipe: Recipe, run_dir: Path, fork: bool = False) -> None:
@@ -64,7 +65,7 @@ class _Training:
 
     def __init__(self, recipe: Recipe, run_dir: Path, fork: bool, runtime: Runtime):
         self.recipe, self.runtime = recipe, runtime
-        torch.manual_seed(recipe.seed)
+        torch.manual_seed(recipe.seed)  # networks of timm are initialised here, ours when the engine takes them
         self.task = runtime.together(lambda: build_task(recipe))
         self.data = training_data(recipe, self.task, runtime)
         self.validation: EvalDataset | None = None
@@ -84,11 +85,14 @@ class _Training:
         self.log = Log(run_dir, runtime.is_first, self.run_dir.step, self.rate.total, recipe.log.tensorboard)
         for note in self.run_dir.notes:
             self.log.say(note)
-        if self.run_dir.resume_from is None and recipe.model.weights:
-            self._load_weights(Path(recipe.model.weights))
+        weights = self._read_weights()
+        torch.manual_seed(recipe.seed)
         self.engine: Engine = runtime.together(
-            lambda: Engine(self.task.model, self.task.layers, recipe, runtime, self.accumulation, self.rate)
-        )
+            lambda: Engine(
+                self.task.model, self.task.layers, recipe, runtime, self.accumulation, self.rate,
+                self.task.fill(weights),
+            )
+        )  # fmt: skip
         self.watch = Watch(recipe, runtime, self.log.say, epoch)
 
     def run(self) -> None:
@@ -181,12 +185,17 @@ class _Training:
             runtime.world_size, runtime.rank, recipe.data.workers, pin=runtime.device.type == "cuda",
         )  # fmt: skip
 
-    def _load_weights(self, path: Path) -> None:
-        """Rank 0 reads; DeepSpeed broadcasts its parameters when it starts."""
-        report = self.runtime.on_first(
-            lambda: str(load_into(self.task.model, checkpoint.read_weights(path), str(path)))
+    def _read_weights(self) -> State | None:
+        """What a new run starts from: rank 0 reads it, and everybody gets rank 0's parameters."""
+        settings = self.recipe.model
+        if self.run_dir.resume_from is not None or settings.weights is None:
+            return None
+        model, first = self.task.model, self.runtime.is_first
+        read = self.runtime.together(
+            lambda: warm_start(model, settings.weights, settings.weights_head) if first else (None, None)
         )
-        self.log.say(f"weights from {path}: {report}")
+        self.log.say(f"weights from {settings.weights}: {read[0]}")
+        return read[1]
 
     def _cadences(self) -> tuple[Duration, ...]:
         recipe = self.recipe

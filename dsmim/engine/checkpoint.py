@@ -125,22 +125,10 @@ def _fault(path: Path, entry: dict[str, Any]) -> str | None:
     return None if _sha256(path) == entry["sha256"] else f"{path.name} is damaged (its digest differs)"
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """fp32 weights by name from a .safetensors file, a checkpoint of any ZeRO stage, or a run directory.
-
-    Needs host memory for the whole model. Raises ValueError when the path is none of these.
-    """
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file")
-        return load_file(path)
-    return checkpoint_weights(locate(path))
-
-
 def checkpoint_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """fp32 weights by name of a checkpoint that `locate` gave, whose digests it has compared."""
+    """fp32 weights by name of a checkpoint of any ZeRO stage that `locate` gave, whose digests it has compared.
+
+    Needs host memory for the whole model."""
     if read_state(checkpoint)["zero_stage"] == 0:
         file = checkpoint / "mp_rank_00_model_states.pt"
         return {k: v.float() for k, v in torch.load(file, map_location="cpu", weights_only=True)["module"].items()}

@@ -37,8 +37,9 @@ def parameter_groups(model: nn.Module, layers: dict[str, int], optim: Optim) -> 
     return [Group(scale, decay, tuple(names)) for (scale, decay), names in sorted(members.items())]
 
 
-def build_optimizer(model: nn.Module, groups: list[Group], optim: Optim, fused: bool) -> torch.optim.Optimizer:
-    """torch's AdamW. Its groups carry `lr_scale`; the rate itself is set before every step."""
+def build_optimizer(model: nn.Module, groups: list[Group], optim: Optim) -> torch.optim.Optimizer:
+    """torch's AdamW, fused: unfused, a step needs several copies of the largest shard. Its groups carry `lr_scale`; the
+    rate itself is set before every step."""
     by_name = dict(model.named_parameters())
     return torch.optim.AdamW(
         [
@@ -47,5 +48,5 @@ def build_optimizer(model: nn.Module, groups: list[Group], optim: Optim, fused: 
         ],
         betas=tuple(optim.betas),
         eps=optim.eps,
-        fused=fused,
+        fused=True,
     )

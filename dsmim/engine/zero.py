@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsmim.engine.construct import autocast_modules, construct, share_buffers
 from dsmim.engine.ds_config import load_ds_config, zero_stage
 from dsmim.engine.optim import build_optimizer, parameter_groups
 from dsmim.engine.runtime import Runtime
@@ -31,21 +33,25 @@ class StepResult:
 class Engine:
     """A model under DeepSpeed.
 
-    layers: parameter name → layer id for layer decay; accumulation: micro batches per step.
+    layers: parameter name → layer id for layer decay; accumulation: micro batches per step; parts: gives the modules
+    of a model on the meta device, each with its parameters filled (see Task.fill).
     Raises ValueError for a DeepSpeed JSON that contradicts the recipe.
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, int], recipe: Recipe, runtime: Runtime,
-                 accumulation: int, rate: LearningRate):  # fmt: skip
+                 accumulation: int, rate: LearningRate, parts: Iterable[nn.Module]):  # fmt: skip
         import deepspeed
 
         self.runtime, self.rate, self.accumulation = runtime, rate, accumulation
         self.precision = resolve_precision(recipe.engine.precision, runtime.device)
-        self.config = load_ds_config(recipe.engine.deepspeed, self._owned(recipe))
+        self.config = load_ds_config(recipe.engine.deepspeed, self._owned(recipe, model))
         self.stage = zero_stage(self.config)
-        self.groups = parameter_groups(model, layers, recipe.optim)
-        optimizer = build_optimizer(model, self.groups, recipe.optim, fused=runtime.device.type == "cuda")
+        self.groups = parameter_groups(model, layers, recipe.optim)  # before shards make every tensor look 1-D
+        construct(parts, self.config, self.stage, runtime)
+        optimizer = build_optimizer(model, self.groups, recipe.optim)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.config)
+        share_buffers(model, runtime)
+        self._check_compiled(recipe)
         self._check_groups()
 
     @property
@@ -109,7 +115,7 @@ class Engine:
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(grads))
 
-    def _owned(self, recipe: Recipe) -> dict[str, Any]:
+    def _owned(self, recipe: Recipe, model: nn.Module) -> dict[str, Any]:
         size = recipe.batch.global_batch
         micro = size // (self.runtime.world_size * self.accumulation)
         return {
@@ -117,8 +123,22 @@ class Engine:
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": recipe.optim.clip_grad or 0.0,  # always written: DeepSpeed's default is 1.0
-            "torch_autocast": {"enabled": self.precision == "bf16", "dtype": "bfloat16"},
+            "torch_autocast": {
+                "enabled": self.precision == "bf16",
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": autocast_modules(model),
+            },
         }
+
+    def _check_compiled(self, recipe: Recipe) -> None:
+        """ZeRO-3's hooks must lie between compiled blocks, not within them, where each makes dynamo start anew."""
+        from deepspeed.utils import get_z3_leaf_modules
+
+        if self.stage == 3 and recipe.model.compile and not get_z3_leaf_modules(self.module):
+            raise ValueError(
+                f"model.compile: at ZeRO stage 3 a block must be gathered whole; name its class in the JSON's "
+                f"zero_optimization.leaf_module.classes, as zero3_blocks does ({recipe.engine.deepspeed} does not)"
+            )
 
     def _check_groups(self) -> None:
         """DeepSpeed must have kept our groups: their number, order, scale, decay, and who is in which."""

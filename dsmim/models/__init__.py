@@ -1,6 +1,6 @@
 """Networks only: built by name, plain torch, no engine and no data."""
 
-from dsmim.models.blocks import Recompute
+from dsmim.models.blocks import Recompute, compile_blocks
 from dsmim.models.build import materialise, materialised
 from dsmim.models.registry import create_model, layer_ids, model_names, set_recompute, timm_arguments
 from dsmim.models.simmim import SimMIM
@@ -9,6 +9,7 @@ from dsmim.models.window_attention import fix_position_bias
 __all__ = [
     "Recompute",
     "SimMIM",
+    "compile_blocks",
     "create_model",
     "fix_position_bias",
     "layer_ids",

@@ -25,6 +25,26 @@ class Recompute:
         return self.every > 0 and inside and (block + 1) % self.every == 0
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile every block by itself, so that ZeRO-3's gathers lie between the graphs (compiled whole, a network
+    fails there on parameters used outside their module). Raises ValueError for a network without a list of blocks."""
+    blocks = blocks_of(model)
+    # One graph per kind of block, in training and in evaluation. Beyond the limit dynamo would go on uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for block in blocks:  # its forward alone: hooks on the block, such as ZeRO-3's, stay out of the graph
+        block.forward = torch.compile(block.forward, dynamic=False)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The residual blocks of one of our networks, or of one of timm that keeps them likewise, in order."""
+    holders = [model, *getattr(model, "layers", []), *getattr(model, "stages", [])]
+    blocks = [block for holder in holders for block in getattr(holder, "blocks", [])]
+    if not blocks:
+        raise ValueError("model.compile: this network of timm has no blocks to compile one by one; leave it off")
+    return blocks
+
+
 def run(blocks: Iterable[nn.Module], x: torch.Tensor, recompute: Recompute, first: int = 0, stage: int = 0):
     """x through the blocks, of which the first is number `first` of the network."""
     for number, block in enumerate(blocks, first):

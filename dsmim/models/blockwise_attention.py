@@ -110,7 +110,7 @@ class _Block:
         self.place(into).copy_(x.view(self.shape))
 
     def backward(self, grad: Tensor, into: tuple[Tensor, ...], grad_bias: Tensor) -> Tensor:
-        """Write the gradients of q, k and v to their maps, add that of the bias; gives Σ q · scale · dq̂ of each head."""
+        """Write the gradients of q, k and v to their maps, add that of the bias; gives Σ scale · q̂ · dq̂ per head."""
         g, x, y = self.spare
         g.view(self.shape).copy_(self.place(grad))
         self.scatter(torch.bmm(self.p.transpose(1, 2), g, out=x), into[2])

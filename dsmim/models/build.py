@@ -21,17 +21,17 @@ from dsmim.models.initialise import initialise
 def materialise(model: nn.Module, weights: Mapping[str, torch.Tensor] | None = None) -> Iterator[nn.Module]:
     """Yield every module that has parameters of its own, in the model's order, once those lie filled in host memory.
 
-    They are filled with NaN, initialised, and then overwritten by `weights` (full parameter name → tensor of its
-    shape) where it has them. Parameters that are not on the meta device are left as they are, but for `weights`.
+    They are filled with NaN, initialised, and then overwritten by `weights` (full name of a parameter or saved buffer →
+    tensor of its shape) where it has them. What is not on the meta device is left as it is, but for `weights`.
     AssertionError names a parameter that no initialiser wrote.
     """
     weights = weights or {}
     for prefix, module in model.named_modules():
-        own = [name for name, parameter in module.named_parameters(recurse=False)]
+        own = dict(module.named_parameters(recurse=False))
+        _fill(module, [name for name, parameter in own.items() if parameter.is_meta])
+        for name in [*own, *dict(module.named_buffers(recurse=False))]:
+            _overwrite(getattr(module, name), f"{prefix}.{name}".lstrip("."), weights)
         if own:
-            _fill(module, own)
-            for name in own:
-                _overwrite(getattr(module, name), f"{prefix}.{name}".lstrip("."), weights)
             yield module
 
 
@@ -42,8 +42,7 @@ def materialised(model: nn.Module) -> nn.Module:
     return model
 
 
-def _fill(module: nn.Module, own: list[str]) -> None:
-    empty = [name for name in own if getattr(module, name).is_meta]
+def _fill(module: nn.Module, empty: list[str]) -> None:
     for name in empty:
         old = getattr(module, name)
         filled = torch.full(old.shape, float("nan"), dtype=old.dtype)
@@ -55,7 +54,7 @@ def _fill(module: nn.Module, own: list[str]) -> None:
 
 
 @torch.no_grad()
-def _overwrite(parameter: nn.Parameter, name: str, weights: Mapping[str, torch.Tensor]) -> None:
+def _overwrite(tensor: torch.Tensor, name: str, weights: Mapping[str, torch.Tensor]) -> None:
     if name in weights:
-        assert parameter.shape == weights[name].shape, name
-        parameter.copy_(weights[name])
+        assert tensor.shape == weights[name].shape, name
+        tensor.copy_(weights[name])

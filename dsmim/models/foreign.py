@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 import timm
 from timm.models import group_parameters
@@ -11,23 +12,43 @@ from torch import nn
 PREFIX = "timm:"
 
 
-def build(name: str, num_classes: int = 0, drop_path_rate: float = 0.0, img_size: int | None = None) -> nn.Module:
+def build(
+    name: str,
+    num_classes: int = 0,
+    drop_path_rate: float = 0.0,
+    img_size: int | None = None,
+    options: dict[str, Any] | None = None,
+) -> nn.Module:
     """timm's network, initialised by timm in host memory. Raises ValueError for a name or an option timm does not take.
 
-    img_size goes to networks that are built for one size (transformers); to others any image may be given.
+    img_size goes to networks that are built for one size (transformers); to others any image may be given. options:
+    further arguments of timm.create_model.
     """
     entry = name.removeprefix(PREFIX)
     if not timm.is_model(entry):
         close = difflib.get_close_matches(entry, timm.list_models(), n=1)
         hint = f"; did you mean {PREFIX}{close[0]}?" if close else ""
         raise ValueError(f"model.name: timm has no model {entry!r}{hint}")
-    options = {"num_classes": num_classes, "drop_path_rate": drop_path_rate}
+    options = {"num_classes": num_classes, "drop_path_rate": drop_path_rate, **(options or {})}
+    if _built_for_one_size(entry):
+        options["img_size"] = img_size
     try:
-        return timm.create_model(entry, pretrained=False, img_size=img_size, **options)
-    except TypeError as error:
-        if "img_size" not in str(error):
-            raise ValueError(f"model.name: timm's {entry} does not take these settings ({error})") from None
-    return timm.create_model(entry, pretrained=False, **options)
+        return timm.create_model(entry, pretrained=False, **options)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"model.name: timm's {entry} does not take these settings ({error})") from None
+
+
+def timm_arguments(name: str, options: dict[str, Any] | None = None, **settings) -> tuple[str, dict]:
+    """(entry point, arguments) of the network that `build` gives for these settings."""
+    entry = name.removeprefix(PREFIX)
+    if not _built_for_one_size(entry):
+        settings.pop("img_size", None)
+    return entry, settings | (options or {})
+
+
+def _built_for_one_size(entry: str) -> bool:
+    """Whether timm's network takes img_size: those do that have a patch embedding or windows of fixed size."""
+    return timm.get_pretrained_cfg(entry, allow_unregistered=True).fixed_input_size
 
 
 def layer_ids(model: nn.Module) -> dict[str, int]:

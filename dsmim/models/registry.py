@@ -12,6 +12,7 @@ from dsmim.models.blocks import Recompute
 from dsmim.models.build import materialised
 from dsmim.models.swin_v2 import SwinTransformerV2
 
+# What a family alone takes
 _ONLY_SWIN = ("window_size", "pretrained_window_sizes", "extra_norm_every", "sequential_stages")
 
 
@@ -25,13 +26,15 @@ def create_model(name: str, device: str = "cpu", **options) -> nn.Module:
 
     Options: img_size (pixels), num_classes (0: no head, the forward gives pooled features), drop_path_rate; for Swin
     window_size (tokens), pretrained_window_sizes (one per stage, 0: the window itself), extra_norm_every,
-    sequential_stages (see SwinTransformerV2). None, or 0, means: not given.
+    sequential_stages (see SwinTransformerV2); for timm:NAME options (a dict, see foreign.py). None means: not given.
+    A network of timm is always made, and initialised by timm, in host memory.
     Raises ValueError for an unknown name, with the nearest known one, and for options that the network does not take.
     """
     options = {key: value for key, value in options.items() if value is not None}
     if name.startswith(foreign.PREFIX):
         return foreign.build(name, **_without_windows(name, options))
     family = _family(name)
+    options = _without_timm_options(name, options)
     if family is not swin_sizes:
         options = _without_windows(name, options)
     with torch.device("meta"):
@@ -60,8 +63,9 @@ def timm_arguments(name: str, **options) -> tuple[str, dict]:
     """(entry point, keyword arguments) with which `timm.create_model` builds the same network. Raises ValueError where
     timm has none."""
     if name.startswith(foreign.PREFIX):
-        return name.removeprefix(foreign.PREFIX), _without_windows(name, options)
+        return foreign.timm_arguments(name, **_without_windows(name, options))
     family = _family(name)
+    options = _without_timm_options(name, options)
     return family.timm_arguments(name, **(options if family is swin_sizes else _without_windows(name, options)))
 
 
@@ -72,6 +76,12 @@ def _family(name: str):
     close = difflib.get_close_matches(name, model_names(), n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise ValueError(f"model.name: no model {name!r}{hint} Known: {', '.join(model_names())}, timm:NAME")
+
+
+def _without_timm_options(name: str, options: dict) -> dict:
+    if options.get("options"):
+        raise ValueError(f"model.options: {name} is no network of timm; only {foreign.PREFIX}NAME takes them")
+    return {key: value for key, value in options.items() if key != "options"}
 
 
 def _without_windows(name: str, options: dict) -> dict:

@@ -6,13 +6,14 @@ import torch
 from timm.layers import trunc_normal_
 from torch import nn
 
+from dsmim.models.build import materialised
 from dsmim.models.initialise import DEVIATION
 
 
 class SimMIM(nn.Module):
     """A masked autoencoder around `encoder`, a network of ours without head.
 
-    Like any of them it may be made on the meta device (see build.py).
+    Its own parameters are made where the encoder's are: on the meta device, or filled (see build.py).
 
     target_window: side in pixels (odd) of the sliding window that normalises the target; None: plain pixels.
     Key names: `encoder.*` as timm names them, `mask_token`, and `decoder.0` as in microsoft/SimMIM.
@@ -25,11 +26,14 @@ class SimMIM(nn.Module):
         self.encoder = encoder
         self.patch, self.stride = encoder.patch, encoder.stride
         self.target_window = target_window
-        self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.embed_dim))
-        self.decoder = nn.Sequential(
-            nn.Conv2d(encoder.num_features, self.stride**2 * encoder.in_chans, kernel_size=1),
-            nn.PixelShuffle(self.stride),
-        )
+        with torch.device("meta"):
+            self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.embed_dim))
+            self.decoder = nn.Sequential(
+                nn.Conv2d(encoder.num_features, self.stride**2 * encoder.in_chans, kernel_size=1),
+                nn.PixelShuffle(self.stride),
+            )
+        if not any(parameter.is_meta for parameter in encoder.parameters()):
+            materialised(self)
 
     def initialise(self) -> None:
         trunc_normal_(self.mask_token, std=DEVIATION)  # as microsoft/SimMIM for Swin

@@ -161,9 +161,6 @@ class SwinTransformerV2(nn.Module):
         for stage in self.layers:
             stage.recompute = recompute
 
-    def blocks(self) -> list[nn.Module]:
-        return [block for stage in self.layers for block in stage.blocks]
-
 
 def _mask(size: int, window: int, shift: int) -> torch.Tensor:
     """(K, N, N) for the K windows of a rolled map: 0 between tokens that were neighbours before, else MASKED."""

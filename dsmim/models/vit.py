@@ -63,7 +63,7 @@ class DeiT3(VisionTransformer):
         trunc_normal_(self.pos_embed, std=DEVIATION)
         trunc_normal_(self.cls_token, std=DEVIATION)
 
-    def forward_features(self, images: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward_features(self, images: torch.Tensor, **_) -> torch.Tensor:  # newer timm passes attention masks
         return self._through(self.patch_embed(images))
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:

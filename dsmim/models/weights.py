@@ -86,14 +86,13 @@ def fit(model: nn.Module, weights: Weights, head: str | None = None) -> tuple[Lo
     return report, {names[name]: _full_precision(tensor) for name, tensor in native.tensors.items()}
 
 
-def load_into(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> LoadReport:
-    """Load a complete checkpoint of the model's own kind. Raises ValueError when anything is missing or left over."""
+def complete(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> State:
+    """`fit` for a checkpoint of the model's own kind. Raises ValueError when anything is missing or left over."""
     has_head = heads.head_names(model, model.state_dict())
     report, fitting = fit(model, Weights(state, source), head="keep" if has_head else None)
     if report.fresh or report.dropped:
         raise ValueError(f"weights {source} are not this model's: {report}")
-    model.load_state_dict(fitting)
-    return report
+    return fitting
 
 
 def _check_swin(network: nn.Module, native: Native, weights: Weights, report: LoadReport) -> None:

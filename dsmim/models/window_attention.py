@@ -23,6 +23,12 @@ class _Projection(nn.Linear):
         return F.linear(x, self.weight, bias)
 
 
+class _ExactLinear(nn.Linear):
+    """A layer of an fp32 island: its weights are never rounded, not even on their way between ranks."""
+
+    keep_fp32 = True
+
+
 class WindowAttention(nn.Module):
     """Cosine attention of the tokens of a window among one another.
 
@@ -36,7 +42,7 @@ class WindowAttention(nn.Module):
         self.in_sequence = in_sequence
         self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1))
         self.cpb_mlp = nn.Sequential(
-            nn.Linear(2, MLP_WIDTH), nn.ReLU(inplace=True), nn.Linear(MLP_WIDTH, num_heads, bias=False)
+            _ExactLinear(2, MLP_WIDTH), nn.ReLU(inplace=True), _ExactLinear(MLP_WIDTH, num_heads, bias=False)
         )
         self.qkv = _Projection(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.empty(dim))

@@ -9,5 +9,5 @@ __all__ = ["Task", "build_task"]
 
 
 def build_task(recipe: Recipe) -> Task:
-    """The task that the recipe names. Its model is built on the CPU, with fresh weights."""
+    """The task that the recipe names. Its model's parameters come into being by `fill`."""
     return {"simmim": MaskedImageModelling, "classify": Classify}[recipe.task.name](recipe)

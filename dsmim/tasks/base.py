@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from dsmim.data.decode import Buffer
-from dsmim.models import create_model
+from dsmim.models import Recompute, compile_blocks, create_model, materialise, set_recompute
 from dsmim.recipe import Recipe
 
 Batch = dict[str, Any]
@@ -18,10 +18,18 @@ Forward = Callable[..., torch.Tensor]
 """The engine, or a plain module: called like the task's model."""
 
 
+ARCHITECTURE = (
+    "img_size", "window_size", "drop_path_rate", "pretrained_window_sizes", "extra_norm_every", "sequential_stages",
+    "options",
+)  # fmt: skip
+"""Keys of the recipe's model section that create_model takes."""
+
+
 class Task(ABC):
     """One kind of learning."""
 
     model: nn.Module
+    """Its parameters take no memory before `fill`."""
     layers: dict[str, int]
     """Parameter name → layer id, for layer-wise learning-rate decay."""
     classes: int | None = None
@@ -29,6 +37,10 @@ class Task(ABC):
     train_sample: Callable[[Buffer, int | None], Batch]
     """Encoded image and label → the tensors of one training sample; runs in a data worker."""
     eval_sample: Callable[[Buffer, int | None], Batch]
+
+    def fill(self, weights: Mapping[str, torch.Tensor] | None = None) -> Iterator[nn.Module]:
+        """Let the model's parameters come into being, one module at a time; see models/build.py."""
+        return materialise(self.model, weights)
 
     def check_micro_batch(self, size: int) -> None:
         """Raise ValueError for a micro batch that the task cannot train on."""
@@ -48,14 +60,12 @@ class Task(ABC):
 
 
 def encoder_from(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The recipe's network with a head of num_classes (0: none)."""
+    """The recipe's network with a head of num_classes (0: none), its parameters on the meta device."""
+    settings = recipe.model
     model = create_model(
-        recipe.model.name,
-        img_size=recipe.model.img_size,
-        window_size=recipe.model.window_size,
-        num_classes=num_classes,
-        drop_path_rate=recipe.model.drop_path_rate,
-        pretrained_window_sizes=recipe.model.pretrained_window_sizes,
+        settings.name, "meta", num_classes=num_classes, **settings.model_dump(include=set(ARCHITECTURE))
     )
-    model.set_grad_checkpointing(recipe.model.grad_checkpointing)
+    set_recompute(model, Recompute(settings.grad_checkpointing, settings.grad_checkpointing_stages))
+    if settings.compile:
+        compile_blocks(model)
     return model

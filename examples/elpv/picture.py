@@ -12,9 +12,8 @@ from dsmim.data.dataset import EvalDataset, collate
 from dsmim.data.from_recipe import open_reader, validation_shards
 from dsmim.data.transforms import normalise
 from dsmim.engine import checkpoint
-from dsmim.evaluate import recipe_of
+from dsmim.evaluate import recipe_of, weights_for
 from dsmim.models.simmim import sliding_statistics
-from dsmim.models.weights import load_into
 from dsmim.tasks import build_task
 
 IMAGES = 8
@@ -30,7 +29,7 @@ def draw(run_dir: Path, out: Path) -> None:
     """
     found = checkpoint.locate(run_dir)
     task = build_task(recipe := recipe_of(found, []))
-    load_into(task.model, checkpoint.checkpoint_weights(found), str(found))
+    list(task.fill(weights_for(task, found)))
     data = EvalDataset(open_reader(recipe.data, validation_shards(recipe.data), window=1), task.eval_sample, None)
     batch = collate([data[(number, 1.0)] for number in range(IMAGES)])
     images, hidden = batch["image"], task.model.hidden_pixels(batch["mask"])  # (8, 3, S, S) uint8, (8, 1, S, S)

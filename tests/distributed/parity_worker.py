@@ -1,10 +1,12 @@
-"""Run by torchrun on two ranks: trains the parity model through the engine in every configuration asked for.
+"""Run by torchrun on two ranks: trains the parity models through the engine in every configuration asked for.
 
-Usage: parity_worker.py OUT. Rank 0 writes OUT/STAGE-ACCUMULATION-PRECISION.pt: losses, gradient norms, weights.
+Usage: parity_worker.py OUT. Rank 0 writes OUT/CONFIGURATION.pt: losses, gradient norms, weights.
 """
 
+import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -16,31 +18,67 @@ from dsmim.recipe_file import parse_recipe
 from dsmim.tasks import build_task
 
 STEPS, BATCH = 10, 8
+# Between them every parameter that is used outside its module's forward, or by none: mask token, logit scale, query and
+# value biases; class token, position embedding, LayerScale.
+MODELS = {
+    "swin": {"name": "swinv2_nano", "img_size": 32, "window_size": 4, "extra_norm_every": 3},
+    "vit": {"name": "deit3_nano_patch16", "img_size": 64},
+}
+CLIP = {"swin": 0.3, "vit": 0.03}
+
+
+class Configuration(NamedTuple):
+    model: str
+    stage: int | str
+    """A DeepSpeed file's name behind `zero`; "3_all": stage 3, every parameter cut up and gathered by itself"""
+    accumulation: int = 1
+    precision: str = "fp32"
+    checkpointing: int = 0
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return "-".join(map(str, self))
+
+
 CONFIGURATIONS = [
-    *((stage, accumulation, "fp32") for stage in (0, 1, 2, 3) for accumulation in (1, 2)),
-    ("3_blocks", 1, "fp32"),
-    (3, 1, "bf16"),
+    *(Configuration("swin", stage, accumulation) for stage in (0, 1, 2, 3) for accumulation in (1, 2)),
+    *(Configuration("swin", stage) for stage in ("3_blocks", "3_all")),
+    *(Configuration("vit", stage) for stage in (0, 2, 3, "3_blocks", "3_all")),
+    Configuration("swin", "3_all", checkpointing=1),
+    Configuration("swin", "3_blocks", checkpointing=2),
+    Configuration("vit", "3_all", checkpointing=1),
+    *(Configuration(model, 3, precision="bf16") for model in MODELS),
+    *(Configuration("vit", stage, compiled=True) for stage in (1, 2, "3_blocks")),
+    Configuration("vit", "3_blocks", checkpointing=1, compiled=True),
+    Configuration("swin", "3_blocks", compiled=True),
 ]
 
 
-def parity_recipe(stage: int | str = 0, precision: str = "fp32") -> Recipe:
+def parity_recipe(wanted: Configuration, out: Path | None = None) -> Recipe:
+    file = f"zero{wanted.stage}"
+    if wanted.stage == "3_all":
+        file = str(out / "zero3_all.json")
+        Path(file).write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    model = MODELS[wanted.model] | {"grad_checkpointing": wanted.checkpointing, "compile": wanted.compiled}
     tree = {
         "name": "parity",
-        "task": {"name": "simmim", "mask_patch": 8},
-        "model": {"name": "swinv2_nano", "img_size": 32, "window_size": 4},
+        "task": {"name": "simmim", "mask_patch": 8 if wanted.model == "swin" else 16},
+        "model": model,
         "batch": {"global_batch": BATCH},
-        "optim": {"lr": 1e-3, "layer_decay": 0.8, "clip_grad": 0.3},
+        "optim": {"lr": 1e-3, "layer_decay": 0.8, "clip_grad": CLIP[wanted.model]},
         "schedule": {"duration": {"steps": STEPS}, "warmup": {"steps": 3}, "min_lr": 1e-5},
-        "engine": {"deepspeed": f"zero{stage}", "precision": precision},
+        "engine": {"deepspeed": file, "precision": wanted.precision},
     }
     return parse_recipe(tree, "parity")
 
 
-def parity_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (8, 3, 32, 32) and masks with equally many hidden tokens each."""
+def parity_batch(step: int, model: str = "swin") -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (8, 3, img_size, img_size) and masks with equally many hidden tokens each."""
     generator = torch.Generator().manual_seed(step)
-    masks = torch.stack([torch.randperm(64, generator=generator) < 40 for _ in range(BATCH)]).view(BATCH, 8, 8)
-    return torch.randn(BATCH, 3, 32, 32, generator=generator), masks
+    side, tokens = MODELS[model]["img_size"], {"swin": 8, "vit": 4}[model]
+    order = [torch.randperm(tokens**2, generator=generator) for _ in range(BATCH)]
+    masks = (torch.stack(order) < 0.62 * tokens**2).view(BATCH, tokens, tokens)
+    return torch.randn(BATCH, 3, side, side, generator=generator), masks
 
 
 def parity_task(recipe: Recipe):
@@ -55,42 +93,40 @@ def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
         return {name: p.detach().float().clone() for name, p in engine.module.named_parameters()}
 
 
-def build_engine(runtime, stage, accumulation, precision) -> Engine:
-    recipe = parity_recipe(stage, precision)
+def build_engine(runtime, wanted: Configuration, out: Path | None = None) -> Engine:
+    recipe = parity_recipe(wanted, out)
     task = parity_task(recipe)
     rate = resolve(recipe.schedule, recipe.optim, BATCH, 1000)
-    return Engine(task.model, task.layers, recipe, runtime, accumulation, rate)
+    return Engine(task.model, task.layers, recipe, runtime, wanted.accumulation, rate, task.fill())
 
 
-def micro_batches(runtime, step, accumulation):
+def micro_batches(runtime, step, accumulation, model="swin"):
     share = BATCH // runtime.world_size
-    images, masks = (part[runtime.rank * share : (runtime.rank + 1) * share] for part in parity_batch(step))
+    images, masks = (part[runtime.rank * share : (runtime.rank + 1) * share] for part in parity_batch(step, model))
     return zip(images.chunk(accumulation), masks.chunk(accumulation), strict=True)
 
 
-def train(runtime, stage, accumulation, precision, out: Path) -> None:
-    engine = build_engine(runtime, stage, accumulation, precision)
+def train(runtime, wanted: Configuration, out: Path) -> None:
+    engine = build_engine(runtime, wanted, out)
     losses, norms = [], []
     for step in range(STEPS):
         total = torch.zeros((), dtype=torch.float64)
-        for images, mask in micro_batches(runtime, step, accumulation):
+        for images, mask in micro_batches(runtime, step, wanted.accumulation, wanted.model):
             loss = engine(images, mask)
             engine.backward(loss)
-            total += loss.detach().double() / accumulation / runtime.world_size
+            total += loss.detach().double() / wanted.accumulation / runtime.world_size
         norms.append(engine.step(step).grad_norm)
         losses.append(runtime.sum(total).item())
     weights = whole_weights(engine)
     if runtime.is_first:
-        torch.save(
-            {"losses": losses, "norms": norms, "weights": weights}, out / f"{stage}-{accumulation}-{precision}.pt"
-        )
+        torch.save({"losses": losses, "norms": norms, "weights": weights}, out / f"{wanted}.pt")
     engine.close()
 
 
 def each_group_alone(runtime, stage: int) -> None:
     """With a rate for one group only, exactly that group's parameters move: the rate that each really gets."""
     for chosen in (0, 5):
-        engine = build_engine(runtime, stage, 1, "fp32")
+        engine = build_engine(runtime, Configuration("swin", stage))
         scale = engine.groups[chosen].scale
         names = {name for group in engine.groups if group.scale == scale for name in group.names}
         object.__setattr__(engine, "rate", OneScale(scale))
@@ -116,7 +152,7 @@ class OneScale:
 
 def a_nan_is_not_applied(runtime, stage: int) -> None:
     """One rank's NaN must leave every rank's weights alone, and the next step must go on."""
-    engine = build_engine(runtime, stage, 2, "fp32")
+    engine = build_engine(runtime, Configuration("swin", stage, accumulation=2))
     before = whole_weights(engine)
     for poison in (True, False):
         for number, (images, mask) in enumerate(micro_batches(runtime, 1, 2)):
@@ -132,7 +168,7 @@ def a_nan_is_not_applied(runtime, stage: int) -> None:
 def main(out: Path) -> None:
     runtime = start()
     for configuration in CONFIGURATIONS:
-        train(runtime, *configuration, out)
+        train(runtime, configuration, out)
     for stage in range(4):
         each_group_alone(runtime, stage)
         a_nan_is_not_applied(runtime, stage)

@@ -21,7 +21,7 @@ def test_parameter_counts_of_the_papers(name, encoder, simmim):
 def test_finetuning_model_of_the_paper():
     model = create_model("swinv2_base", img_size=224, window_size=14, num_classes=1000)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(87.92, abs=0.006)
-    assert [stage.blocks[0].attn.window_size[0] for stage in model.layers] == [14, 14, 14, 7]
+    assert [stage.blocks[0].attn.window for stage in model.layers] == [14, 14, 14, 7]
 
 
 def test_unknown_model_names_the_nearest():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dsmim.models import create_model
-from dsmim.models.weights import fit, load_into
+from dsmim.models.weights import complete, fit
 from dsmim.weights_file import read, warm_start
 from tests.models.weight_files import (
     beit_as_pretrained,
@@ -72,15 +72,15 @@ def test_half_a_head_half_a_decoder_and_two_keys_for_one_tensor():
         fit(timm_beit(), shadow(finetuned), "keep")
 
 
-def test_load_into_takes_a_complete_checkpoint_only():
+def test_an_evaluation_takes_a_complete_checkpoint_only():
     model = create_model("swinv2_nano", img_size=64, window_size=4, num_classes=5)
     state = scrambled(create_model("swinv2_nano", img_size=64, window_size=4, num_classes=5)).state_dict()
-    report = load_into(model, state, "test")
-    assert len(report.used) == len(state) and torch.equal(model.norm.bias, state["norm.bias"])
+    taken = complete(model, state, "test")
+    assert taken.keys() == state.keys() and torch.equal(taken["norm.bias"], state["norm.bias"])
     with pytest.raises(ValueError, match="test has no head"):
-        load_into(model, {key: value for key, value in state.items() if "head" not in key}, "test")
+        complete(model, {key: value for key, value in state.items() if "head" not in key}, "test")
     with pytest.raises(ValueError, match=r"are not this model's.*1 dropped"):
-        load_into(model, state | {"mask_token": torch.zeros(1, 1, 32)}, "test")
+        complete(model, state | {"mask_token": torch.zeros(1, 1, 32)}, "test")
 
 
 # --- Swin V2 beyond shapes -------------------------------------------------------------------------------------------
