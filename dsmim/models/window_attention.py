@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -62,7 +63,7 @@ class WindowAttention(nn.Module):
         """x (B, H, W, C), whole windows; mask (windows, N, N) is added to the scores, N = window²."""
         qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = self.qkv(x, qkv_bias).unflatten(-1, (3, self.num_heads, -1))  # (B, H, W, 3, heads, D)
-        with torch.autocast(x.device.type, enabled=False):  # scale, bias and softmax stay in fp32
+        with _exact(x.device):  # scale, bias and softmax stay in fp32
             scale = self.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
             bias = self.position_bias() if self.fixed_bias is None else self.fixed_bias
             x = attend(qkv, self.window, scale, bias, mask, self.in_sequence)
@@ -71,7 +72,7 @@ class WindowAttention(nn.Module):
     def position_bias(self) -> torch.Tensor:
         """(H, N, N) in fp32. The largest entry of each head is subtracted: the softmax does not notice, and entries
         that matter keep their digits where a kernel wants the bias in bfloat16."""
-        with torch.autocast(self.coordinates.device.type, enabled=False):
+        with _exact(self.coordinates.device):
             table = BIAS_RANGE * self.cpb_mlp(self.coordinates.float()).float().sigmoid()  # ((2w - 1)², H)
             table = (table - table.detach().amax(0)).t().contiguous()
             tokens = self.window**2
@@ -100,6 +101,11 @@ def fix_position_bias(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, WindowAttention):
             module.fixed_bias = module.position_bias()
+
+
+def _exact(device: torch.device) -> AbstractContextManager:
+    """An fp32 island under autocast (which the meta device does not know)."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _coordinates(window: int, coordinate_window: int) -> torch.Tensor:

@@ -209,7 +209,7 @@ def test_damaged_checkpoints_a_held_directory_and_a_fork(tmp_path, shards):
     [
         ("data.train=/nowhere/*.tar", "data.train: no shards match '/nowhere/*.tar'"),
         ("batch.micro_batch=8", "batch.global_batch: 8 is not a multiple of 2 ranks × micro batch 8 = 16"),
-        ("model.weights=/nowhere", "/nowhere: holds no valid checkpoint"),
+        ("model.weights=/nowhere", "/nowhere: no such file or run directory"),
         ("engine.deepspeed=zero4", "engine.deepspeed: no file 'zero4'"),
     ],
 )
