@@ -51,6 +51,8 @@ class Engine:
         optimizer = build_optimizer(model, self.groups, recipe.optim)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.config)
         share_buffers(model, runtime)
+        if self.stage == 3:
+            share_masters(self.deepspeed.optimizer)
         self._check_compiled(recipe)
         self._check_groups()
 
@@ -153,6 +155,18 @@ class Engine:
 def resolve_precision(wish: str, device: torch.device) -> str:
     """bf16 or fp32: auto is bf16 on an accelerator, fp32 on a CPU."""
     return ("bf16" if device.type == "cuda" else "fp32") if wish == "auto" else wish
+
+
+def share_masters(optimizer: Any) -> None:
+    """Let ZeRO-3's master weights be its fp32 weights themselves, 4 bytes a parameter less.
+
+    That is what DeepSpeed means to do where weights are fp32 already, as under torch_autocast (runtime/zero/stage3.py,
+    _create_fp32_partitions), but it compares a torch.device with a string and copies them.
+    """
+    masters, weights = optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat
+    for master, weight in zip(masters, weights, strict=True):
+        if weight is not None and (weight.dtype, weight.device) == (master.dtype, master.device):
+            master.data = weight.data
 
 
 def group_members(engine: Any, stage: int) -> list[list[str]]:
