@@ -37,7 +37,8 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16,
 QUICK = {"swinv2": "swinv2_base", "deit3": "deit3_base_patch16"}
 
 # glibc keeps freed blocks of up to 32 MB for later, which costs a rank of a billion parameters more than a gigabyte.
-LEAN = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20)}
+# Large pages make it cheap not to.
+LEAN = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20), "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 def recipe_for(args: argparse.Namespace, world_size: int) -> Recipe:

@@ -220,6 +220,9 @@ class Engine(Section):
     """auto: bf16 autocast on an accelerator, fp32 on CPU."""
     max_skipped: Annotated[int, Field(ge=0)] = 10
     """Consecutive steps skipped for a non-finite loss or gradient after which the run stops."""
+    max_loss_growth: Annotated[float, Field(gt=1)] | None = 3
+    """A run has diverged, and stops, when the mean loss of its last 20 steps is this multiple of that of its first 20;
+    null: never."""
     timeout_minutes: Positive = 10
     """How long a rank waits for another before the job ends with an error."""
 

@@ -42,7 +42,7 @@ class _Blockwise(torch.autograd.Function):
         grad = grad.view(*qkv.shape[:3], *qkv.shape[4:])
         into = grad_qkv.unbind(3)
         for block in _blocks(qkv, ctx.window, norms, scale, bias, mask):
-            along_q += block.backward(grad, into, grad_bias)
+            along_q += block.backward(grad, into, scale, grad_bias)
         return grad_qkv, None, (along_q.view_as(scale) / scale), grad_bias, None
 
 
@@ -109,7 +109,7 @@ class _Block:
         """(n·H, N, D) to its windows of a map (B, height, width, H, D)."""
         self.place(into).copy_(x.view(self.shape))
 
-    def backward(self, grad: Tensor, into: tuple[Tensor, ...], grad_bias: Tensor) -> Tensor:
+    def backward(self, grad: Tensor, into: tuple[Tensor, ...], scale: Tensor, grad_bias: Tensor) -> Tensor:
         """Write the gradients of q, k and v to their maps, add that of the bias; gives Σ scale · q̂ · dq̂ per head."""
         g, x, y = self.spare
         g.view(self.shape).copy_(self.place(grad))
@@ -117,19 +117,18 @@ class _Block:
         s = torch.bmm(g, self.v.transpose(1, 2), out=self.spare_scores)
         torch.ops.aten._softmax_backward_data.out(s, self.p, -1, s.dtype, grad_input=s)
         grad_bias += s.view(-1, *grad_bias.shape).sum(0)
-        along = self._through_norm(torch.bmm(s, self.k, out=x), self.q, 0, into[0], y)
-        self._through_norm(torch.bmm(s.transpose(1, 2), self.q, out=x), self.k, 1, into[1], y)
-        return along.view(-1, grad_bias.shape[0], along.shape[1]).sum((0, 2))
+        every = (-1, *grad_bias.shape[:2], 1)  # (n, H, N, 1)
+        along = torch.mul(torch.bmm(s, self.k, out=x), self.q, out=y).sum(-1).view(every)
+        self._through_norm(x, self.q, along / scale**2, 0, into[0], y)
+        x = torch.bmm(s.transpose(1, 2), self.q, out=x)
+        self._through_norm(x, self.k, torch.mul(x, self.k, out=y).sum(-1), 1, into[1], y)
+        return along.sum((0, 2, 3))
 
-    def _through_norm(self, grad: Tensor, unit: Tensor, number: int, into: Tensor, spare: Tensor) -> Tensor:
-        """The gradient towards x of f x, where f = scale / |x| and unit = f x: f grad - unit (unit · grad) f / scale²;
-        gives unit · grad, (n·H, N)."""
-        along = torch.mul(grad, unit, out=spare).sum(-1)
-        length = (unit[:, :1] * unit[:, :1]).sum(-1)  # (n·H, 1): scale², or 1
-        torch.addcmul(grad, unit, (along / length).unsqueeze(-1), value=-1, out=grad)
+    def _through_norm(self, grad: Tensor, unit: Tensor, along: Tensor, number: int, into: Tensor, spare: Tensor):
+        """Towards x, where unit = f x and f = scale / |x|: f (grad - unit · along), along = unit · grad / scale²."""
+        torch.addcmul(grad, unit, along.reshape(*grad.shape[:2], 1), value=-1, out=grad)
         torch.mul(grad.view(self.shape), self.factor(number), out=spare.view(self.shape))
         self.scatter(spare, into)
-        return along
 
 
 _LOCAL = threading.local()

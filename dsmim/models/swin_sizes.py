@@ -27,7 +27,7 @@ STAGES = 4
 def build(
     name: str,
     img_size: int = 192,
-    window_size: int | None = 12,
+    window_size: int | None = None,
     num_classes: int = 0,
     drop_path_rate: float = 0.0,
     pretrained_window_sizes: tuple[int, ...] | None = None,

@@ -61,7 +61,7 @@ def slow_loss(model, images, mask):
     for b in range(images.shape[0]):
         for y in range(images.shape[2]):
             for x in range(images.shape[3]):
-                if mask[b, y // 4, x // 4]:
+                if mask[b, y // model.patch, x // model.patch]:
                     total += (target[b, :, y, x] - prediction[b, :, y, x]).abs().sum().item()
                     count += 1
     return total / count / images.shape[1]

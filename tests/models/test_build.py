@@ -1,0 +1,93 @@
+"""A model made in parts is the model made whole, and no parameter is forgotten."""
+
+import pytest
+import torch
+from torch import nn
+
+from dsmim.models import SimMIM, create_model, materialise, materialised
+
+OPTIONS = {
+    "swinv2_nano": {"img_size": 64, "window_size": 4, "extra_norm_every": 3},
+    "deit3_nano_patch16": {"img_size": 64},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_parts_give_the_same_numbers_as_the_whole(name):
+    torch.manual_seed(3)
+    whole = create_model(name, num_classes=4, **OPTIONS[name])
+    parts = create_model(name, "meta", num_classes=4, **OPTIONS[name])
+    assert all(parameter.is_meta for parameter in parts.parameters())
+    torch.manual_seed(3)
+    taken = {}
+    for module in materialise(parts):  # as the engine does: what was given is taken away before the next comes
+        for parameter in module.parameters(recurse=False):
+            taken[parameter] = parameter.data
+            parameter.data = torch.empty(0)
+    values = {name: taken[parameter] for name, parameter in parts.named_parameters()}
+    assert values.keys() == dict(whole.named_parameters()).keys()
+    for key, value in whole.named_parameters():
+        assert torch.equal(values[key], value), key
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_statistics_are_those_of_a_plain_build_by_timm(name):
+    """timm initialises the whole tree at once; DeiT III differs from it on purpose in class token, head, LayerScale."""
+    import timm
+
+    from dsmim.models import timm_arguments
+
+    options = {key: value for key, value in OPTIONS[name].items() if key != "extra_norm_every"}
+    torch.manual_seed(0)
+    ours = create_model(name, num_classes=1000, **options)
+    entry, arguments = timm_arguments(name, num_classes=1000, **options)
+    theirs = dict(timm.create_model(entry, **arguments).named_parameters())
+    different = ("cls_token", "head.weight") if name.startswith("deit3") else ()
+    for key, value in ours.named_parameters():
+        if key not in different and value.numel() > 1:
+            spread = theirs[key].std().item()
+            assert value.std().item() == pytest.approx(spread, rel=0.3 if value.numel() < 2000 else 0.05), key
+            assert value.mean().item() == pytest.approx(theirs[key].mean().item(), abs=0.3 * spread + 1e-6), key
+
+
+def test_a_forgotten_initialiser_shows():
+    class Forgetful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kept, self.lost = nn.Parameter(torch.empty(2)), nn.Parameter(torch.empty(2))
+
+        def initialise(self):
+            nn.init.zeros_(self.kept)
+
+    with torch.device("meta"):
+        model = Forgetful()
+    with pytest.raises(AssertionError, match=r"Forgetful\.lost is not initialised"):
+        materialised(model)
+
+
+def test_simmim_s_own_parameters_are_made_where_the_encoder_s_are():
+    options = {"img_size": 64, "window_size": 4}
+    shape = SimMIM(create_model("swinv2_nano", "meta", **options))
+    assert all(parameter.is_meta for parameter in shape.parameters())
+    torch.manual_seed(0)
+    filled = SimMIM(create_model("swinv2_nano", **options))
+    assert filled.mask_token.std().item() == pytest.approx(0.02, rel=0.5) and filled.decoder[0].weight.std() > 0.01
+
+
+def test_weights_overwrite_what_they_name():
+    model = create_model("deit3_nano_patch16", "meta", img_size=64)
+    given = {"pos_embed": torch.randn(1, 16, 96), "blocks.1.norm1.weight": torch.randn(96)}
+    list(materialise(model, given))
+    for name, value in given.items():
+        assert torch.equal(model.get_parameter(name), value)
+    assert (model.blocks[0].norm1.weight == 1).all()
+
+
+def test_saved_buffers_are_overwritten_too():
+    model = create_model("timm:resnet10t", img_size=64, num_classes=2)
+    given = {"bn1.running_mean": torch.randn(32), "bn1.weight": torch.randn(32)}
+    given = {name: torch.randn(model.state_dict()[name].shape) for name in given if name in model.state_dict()}
+    assert given
+    list(materialise(model, given))
+    for name, value in given.items():
+        assert torch.equal(model.state_dict()[name], value)
