@@ -14,6 +14,7 @@ SHORT = (
 )
 TEXT = (ROOT / "README.md").read_text()
 DATA = (ROOT / "docs/data.md").read_text()
+MODELS = (ROOT / "docs/models.md").read_text()
 
 
 def commands(text: str) -> list[str]:
@@ -80,7 +81,18 @@ def test_library_example():
 def test_named_files_and_recipes_exist():
     from dsmim.recipe_file import shipped_recipes
 
-    for name in re.findall(r"\]\(([\w./]+)\)", TEXT):
+    for name in re.findall(r"\]\(([\w./]+)\)", TEXT) + re.findall(r"(?:tests|benchmarks)/[\w/]+\.py", MODELS):
         assert (ROOT / name).exists(), name
     for name in re.findall(r"`((?:simmim|demo)_\w+)`", TEXT):
         assert name in shipped_recipes(), name
+
+
+def test_the_models_page_names_every_model_and_only_settings_that_exist():
+    from dsmim.models import model_names
+    from dsmim.recipe import Engine, Model
+
+    listed = re.findall(r"^\| `((?:swinv2|deit3)_\w+)` \|", MODELS, re.M)
+    assert listed == model_names()
+    keys = {"model": Model.model_fields, "engine": Engine.model_fields}
+    for section, key in re.findall(r"`(model|engine)\.(\w+)`", MODELS):
+        assert key in keys[section], key

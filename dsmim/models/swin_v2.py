@@ -66,8 +66,8 @@ class SwinTransformerV2Block(nn.Module):
         self.register_buffer("mask", _mask(padded, self.window, self.shift) if self.shift else None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.drop_path1(self.norm1(self.mix(x))).add_(x)
-        x = self.drop_path2(self.norm2(self.mlp(x))).add_(x)
+        x = x + self.drop_path1(self.norm1(self.mix(x)))  # not in place: under autocast the branch may be bfloat16
+        x = x + self.drop_path2(self.norm2(self.mlp(x)))
         return x if self.enorm is None else self.enorm(x)
 
     def mix(self, x: torch.Tensor) -> torch.Tensor:

@@ -123,6 +123,28 @@ def train(runtime, wanted: Configuration, out: Path) -> None:
     engine.close()
 
 
+def every_rank_has_rank_0_s_weights(runtime, stage: int | str, out: Path) -> None:
+    """A model made module by module and cut into shards is the plain one; where rank 0 has weights, all get those."""
+    recipe = parity_recipe(Configuration("swin", stage), out)
+    plain = parity_task(recipe)
+    list(plain.fill())
+    given = {"encoder.norm.weight": torch.randn(256), "mask_token": torch.randn(1, 1, 32)}
+    task = parity_task(recipe)
+    rate = resolve(recipe.schedule, recipe.optim, BATCH, 1000)
+    parts = task.fill(given if runtime.is_first else None)
+    engine = Engine(task.model, task.layers, recipe, runtime, 1, rate, parts)
+    if stage == "3_all":
+        assert all(p.numel() == 0 for p in engine.module.parameters()), "not cut up"
+    weights = whole_weights(engine)
+    for name, value in plain.model.named_parameters():
+        if name not in given:
+            assert torch.equal(weights[name], value), (stage, name)
+    for name in given:
+        everybody = runtime.gather(weights[name].tolist())
+        assert everybody[0] == everybody[1] and (not runtime.is_first or torch.equal(weights[name], given[name])), name
+    engine.close()
+
+
 def each_group_alone(runtime, stage: int) -> None:
     """With a rate for one group only, exactly that group's parameters move: the rate that each really gets."""
     for chosen in (0, 5):
@@ -169,6 +191,8 @@ def main(out: Path) -> None:
     runtime = start()
     for configuration in CONFIGURATIONS:
         train(runtime, configuration, out)
+    for stage in (0, 2, "3_all"):
+        every_rank_has_rank_0_s_weights(runtime, stage, out)
     for stage in range(4):
         each_group_alone(runtime, stage)
         a_nan_is_not_applied(runtime, stage)

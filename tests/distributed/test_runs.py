@@ -235,3 +235,24 @@ def test_undecodable_images_are_named_counted_and_limited(tmp_path):
     assert "train-000.tar: k3.png cannot be decoded" in done.stderr
     last = json.loads((tmp_path / "b/metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 6 and 4 <= last["undecodable"] <= 5  # 48 samples of a set of 10: 4 or 5 passes
+
+
+def test_a_rate_that_is_too_high_is_not_trained_through(tmp_path, shards):
+    schedule = {"duration": {"steps": 100}, "warmup": {"steps": 90}}
+    recipe = write_recipe(tmp_path, shards, schedule=schedule, checkpoint={"every": {"steps": 10}})
+    train = ("train", recipe, "data.val=null", "engine.deepspeed=zero0")
+    finite = dsmim(*train, "optim.lr=30", "--run-dir", tmp_path / "finite", check=False)
+    assert finite.returncode == 1 and "the loss has diverged" in finite.stderr and "Lower optim.lr" in finite.stderr
+    infinite = dsmim(
+        *train,
+        "optim.lr=1e4",
+        "optim.clip_grad=null",
+        "engine.max_loss_growth=null",
+        "--run-dir",
+        tmp_path / "inf",
+        check=False,
+    )
+    assert infinite.returncode == 1 and "steps in a row were not finite" in infinite.stderr
+    for name in ("finite", "inf"):
+        logged = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert logged[-1]["step"] < 90  # of 100

@@ -1,5 +1,6 @@
 """Placement, schedule, parameter groups, the watch: what needs no process group."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -122,6 +123,7 @@ def watch(tmp_path, said, **changes):
     tree = tiny_recipe(tmp_path)
     tree["engine"] = {"max_skipped": 2}
     tree["data"]["max_undecodable"] = 0.1
+    tree["engine"] |= changes.pop("engine", {})
     return Watch(parse_recipe(tree | changes, "t"), LoneRuntime(), said.append, epoch_samples=50)
 
 
@@ -143,6 +145,23 @@ def test_nonfinite_steps_are_named_and_stop_the_run_after_the_limit(tmp_path):
     guard.finite(10, 1.0, 1.0, skipped, ["a"])
     with pytest.raises(Stopped, match="3 steps in a row were not finite"):
         guard.finite(11, math.nan, math.nan, skipped, ["a"])
+
+
+def test_a_loss_that_diverges_stops_the_run(tmp_path):
+    fine, applied = StepResult(1.0, 1e-3, applied=True), 0
+    guard = watch(tmp_path, [])
+    for step in range(40):  # one spike of a noisy loss is no divergence
+        guard.finite(step, 2.0 if step != 30 else 60.0, 1.0, fine, [])
+    resumed = watch(tmp_path, [])
+    resumed.restore(json.loads(json.dumps(guard.state())))
+    with pytest.raises(Stopped, match=r"the loss has diverged: .*max_loss_growth 3\); the last checkpoint stands"):
+        for step in range(40, 80):
+            resumed.finite(step, 7.0, 1.0, fine, [])
+            applied += 1
+    assert applied == 4  # the fifth 7, the spike and fourteen 2 are more than 20 × 3 × 2
+    never = watch(tmp_path, [], engine={"max_loss_growth": None})
+    for step in range(100):
+        never.finite(step, 10.0**step, 1.0, fine, [])
 
 
 def test_mixing_pairs_neighbours_whatever_the_micro_batch():
