@@ -6,7 +6,8 @@
 By itself it starts one rank per GPU, or two on a machine without (12 GiB each for a billion parameters). The model is
 made, sharded and trained by the same engine as any run. One line per step; the last line of standard output is one JSON
 object: params, losses, seconds_per_step, peak_gib_per_rank, state_gib_per_rank against the bound of 16 bytes ×
-parameters / ranks, and on GPUs images_per_second and mfu. --quick takes the family's base model.
+parameters / ranks, and on GPUs images_per_second and mfu. --quick takes the family's base model. --build-only makes
+the model and cuts it into ZeRO-3's shards, no more: what memory that needs, also for swinv2_giant3b.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from dsmim.engine.construct import construct
 from dsmim.engine.placement import free_port
 from dsmim.engine.runtime import Runtime, start, stop
 from dsmim.engine.schedule import resolve
@@ -172,6 +174,29 @@ def train(args: argparse.Namespace, runtime: Runtime) -> dict:
     return figures | (speed(args, recipe, figures) if runtime.device.type == "cuda" else {})
 
 
+def build(args: argparse.Namespace, runtime: Runtime) -> dict:
+    """Make a model as the engine does, at ZeRO stage 3."""
+    recipe, memory, begin = recipe_for(args, runtime.world_size), PeakMemory(torch.device("cpu")), time.perf_counter()
+    base = memory.read()
+    torch.manual_seed(0)
+    task = build_task(recipe)
+    params = sum(p.numel() for p in task.model.parameters())
+    largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in task.model.modules())
+    config = {"train_batch_size": runtime.world_size, "zero_optimization": {"stage": 3}}
+    construct(task.fill(), config, 3, runtime)
+    peak = max(runtime.gather(memory.read() - base))
+    return {
+        "model": args.model,
+        "params": params,
+        "build_peak_gib_per_rank": round(peak / GIB, 2),
+        "shard_gib_per_rank": round(4 * params / runtime.world_size / GIB, 2),
+        "largest_module_gib": round(4 * largest / GIB, 2),
+        "whole_model_gib": round(4 * params / GIB, 2),
+        "build_seconds": round(time.perf_counter() - begin, 1),
+        "ranks": runtime.world_size,
+    }
+
+
 def speed(args: argparse.Namespace, recipe: Recipe, figures: dict) -> dict:
     """Images per second, and the share of the GPUs' peak that useful multiplications reach (recomputation is none)."""
     name = torch.cuda.get_device_name()
@@ -187,7 +212,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="swinv2_giant", help="a model of dsmim")
     parser.add_argument("--quick", action="store_true", help="the family's base model: under a minute on two cores")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--build-only", action="store_true", help="make and shard the model, and measure that")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps, two at least")
     parser.add_argument("--micro-batch", type=int, default=1, help="images per rank")
     parser.add_argument("--img-size", type=int, help="pixels (default: 192 for Swin V2, 160 for DeiT III)")
     parser.add_argument("--deepspeed", default="zero3_low_memory", help="a DeepSpeed JSON of dsmim's, or a path")
@@ -197,6 +223,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, help="learning rate (default: 1e-4 for Swin V2, 2e-5 for DeiT III)")
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2)
     args = parser.parse_args()
+    if args.steps < 2:
+        parser.error(
+            "--steps: AdamW's moments come with the first step, so that one step shows neither memory nor time"
+        )
     family = args.model.split("_")[0]
     if args.quick:
         args.model = QUICK[family]
@@ -212,7 +242,7 @@ def main() -> None:
         launch += [f"--master-port={free_port()}", *sys.argv]
         sys.exit(subprocess.run(launch, env={"OMP_NUM_THREADS": threads} | LEAN | os.environ).returncode)
     runtime = start(timeout_minutes=30)
-    figures = train(args, runtime)
+    figures = build(args, runtime) if args.build_only else train(args, runtime)
     if runtime.is_first:
         print(json.dumps(figures))
     stop()

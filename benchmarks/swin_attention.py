@@ -94,13 +94,13 @@ def steps_of(name: str, case: Case, device: torch.device) -> dict[str, Step]:
 
 
 def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every step in every round, after two that are not counted."""
+    """Seconds of every step in every round, after one that is not counted."""
     seconds: dict[str, list[float]] = {key: [] for key in steps}
-    for number in range(rounds + 2):
+    for number in range(rounds + 1):
         for key, step in steps.items():
             begin = time.perf_counter()
             step()
-            seconds[key] += [time.perf_counter() - begin] if number > 1 else []
+            seconds[key] += [time.perf_counter() - begin] if number else []
     return seconds
 
 
@@ -153,7 +153,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.batch = args.batch or (64 if device.type == "cuda" else 1)
-    listed, rounds = cases(args.batch, args.quick), 7 if args.quick else 15
+    listed, rounds = cases(args.batch, args.quick), 5 if args.quick else 15
     if args.memory_of:
         print(_grown(args.model, listed[1], args.memory_of, device))
         return
