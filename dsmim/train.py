@@ -100,6 +100,7 @@ class _Training:
         first, total = self._resume(), self.rate.total
         if first >= total:
             self.log.say(f"{self.run_dir.path}: complete at step {first} of {total}")
+            self._close()
             return
         validating, saving, logging = (self._cadence(c) for c in self._cadences())
         batches = iter(self._batches(total - first))
@@ -118,6 +119,9 @@ class _Training:
                 self._save(done)
             if logging(done) or validating(done) or saving(done):
                 clock.restart()  # so that neither validation nor saving counts as training time
+        self._close()
+
+    def _close(self) -> None:
         self.log.close()
         self.engine.close()
 

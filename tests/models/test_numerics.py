@@ -15,7 +15,7 @@ def losses(bf16: bool, name: str, **options) -> list[float]:
     torch.manual_seed(0)
     random.seed(0)  # masks
     model = SimMIM(create_model(name, img_size=64, **options), target_window=15)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     images = torch.nn.functional.interpolate(torch.randn(16, 3, 8, 8), 64, mode="bicubic")
     masks = torch.stack([RandomMask(64, 16, model.patch, 0.6)() for _ in images])
     seen = []
