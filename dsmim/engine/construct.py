@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -27,6 +28,13 @@ def construct(parts: Iterable[nn.Module], config: dict[str, Any], stage: int, ru
     for module in parts:
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(runtime.device)
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Every buffer to the device: of a model that is in shards already, DeepSpeed leaves them where they are."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
 
 
 def share_buffers(model: nn.Module, runtime: Runtime) -> None:

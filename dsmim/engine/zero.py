@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsmim.engine.construct import autocast_modules, construct, share_buffers
+from dsmim.engine.construct import autocast_modules, construct, move_buffers, share_buffers
 from dsmim.engine.ds_config import load_ds_config, zero_stage
 from dsmim.engine.optim import build_optimizer, parameter_groups
 from dsmim.engine.runtime import Runtime
@@ -48,6 +48,7 @@ class Engine:
         self.stage = zero_stage(self.config)
         self.groups = parameter_groups(model, layers, recipe.optim)  # before shards make every tensor look 1-D
         construct(parts, self.config, self.stage, runtime)
+        move_buffers(model, runtime.device)
         optimizer = build_optimizer(model, self.groups, recipe.optim)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.config)
         share_buffers(model, runtime)

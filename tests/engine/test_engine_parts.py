@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dsmim.engine.construct import autocast_modules, move_buffers
 from dsmim.engine.optim import build_optimizer, parameter_groups
 from dsmim.engine.placement import detect, expand_counts
 from dsmim.engine.runtime import Stopped
@@ -162,6 +163,23 @@ def test_a_loss_that_diverges_stops_the_run(tmp_path):
     never = watch(tmp_path, [], engine={"max_loss_growth": None})
     for step in range(100):
         never.finite(step, 10.0**step, 1.0, fine, [])
+
+
+def test_buffers_go_to_the_device_of_the_parameters():
+    """At ZeRO-3 DeepSpeed does not move them; "meta" stands for a GPU here."""
+    model = create_model("swinv2_nano", img_size=64, window_size=4, drop_path_rate=0.1)
+    saved = model.state_dict().keys()
+    assert {buffer.device.type for buffer in model.buffers()} == {"cpu"}
+    move_buffers(model, torch.device("meta"))
+    assert {buffer.device.type for buffer in model.buffers()} == {"meta"} and len(list(model.buffers())) > 10
+    assert model.state_dict().keys() == saved  # those that were not saved still are not
+
+
+def test_modules_that_may_send_bfloat16_are_named_by_their_exact_classes():
+    """DeepSpeed compares classes, not subclasses; the position-bias MLP is an fp32 island."""
+    named = autocast_modules(create_model("swinv2_nano", "meta", img_size=64, window_size=4))
+    assert "torch.nn.modules.linear.Linear" in named and "torch.nn.modules.conv.Conv2d" in named
+    assert "dsmim.models.window_attention._Projection" in named and not any("Exact" in name for name in named)
 
 
 def test_mixing_pairs_neighbours_whatever_the_micro_batch():
