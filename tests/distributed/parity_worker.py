@@ -4,6 +4,7 @@ Usage: parity_worker.py OUT. Rank 0 writes OUT/CONFIGURATION.pt: losses, gradien
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -57,7 +58,7 @@ CONFIGURATIONS = [
 def parity_recipe(wanted: Configuration, out: Path | None = None) -> Recipe:
     file = f"zero{wanted.stage}"
     if wanted.stage == "3_all":
-        file = str(out / "zero3_all.json")
+        file = str(out / f"zero3_all_{os.getpid()}.json")
         Path(file).write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
     model = MODELS[wanted.model] | {"grad_checkpointing": wanted.checkpointing, "compile": wanted.compiled}
     tree = {
