@@ -23,7 +23,7 @@ setup(
     install_requires=[
         "torch>=2.8",
         "torchvision>=0.23",
-        "timm>=1.0.20",
+        "timm>=1.0.22",
         "deepspeed>=0.19.6,<0.20",
         "mpi4py>=4",
         "webdataset>=1.0",

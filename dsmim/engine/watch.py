@@ -35,6 +35,8 @@ class Watch:
     def restore(self, state: dict[str, Any]) -> None:
         for key in state.keys() & set(_STATE):
             setattr(self, key, state[key])
+        if "first" not in state:  # of a checkpoint older than this watch: its first losses are not known
+            self.max_growth = None
 
     def undecodable(self, batch: dict[str, Any]) -> int:
         """Report a micro batch's undecodable images on the rank that met them; gives their number."""
@@ -77,7 +79,7 @@ class Watch:
             )
 
     def _converging(self, step: int, loss: float) -> None:
-        """Compare the last losses with the first, which are those of (nearly) untrained weights."""
+        """Compare the last losses with the run's first. Runaway growth shows so; a fall back to chance does not."""
         self.first = self.first if len(self.first) == LOSSES else [*self.first, loss]
         self.last = [*self.last, loss][-LOSSES:]
         first, last = (sum(losses) / len(losses) for losses in (self.first, self.last))

@@ -139,5 +139,6 @@ def _scratch(matrices: int, N: int, D: int) -> tuple[Tensor, Tensor]:
     scores, small = 2 * matrices * N * N, 6 * matrices * N * D
     kept = getattr(_LOCAL, "kept", None)
     if kept is None or kept.numel() < scores + small:
-        kept = _LOCAL.kept = torch.empty(scores + small)
+        with torch.inference_mode(False):  # or it could be used in inference mode alone from then on
+            kept = _LOCAL.kept = torch.empty(scores + small)
     return kept[:scores].view(2, matrices, N, N), kept[scores : scores + small].view(6, matrices, N, D)

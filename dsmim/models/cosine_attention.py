@@ -66,7 +66,7 @@ def _product(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None)
     else:  # an image's windows become heads, so that images share one tensor of bias and mask
         shape, shift = (B, K * H, N, D), (bias + mask.unsqueeze(1)).flatten(0, 1)
     q, k, v = (x.reshape(shape) for x in (q, k, v))
-    shift = shift.to(q.dtype).expand(shape[0], -1, -1, -1)
+    shift = shift.to(q.dtype).unsqueeze(0)  # broadcast by the kernel, which pads it before, and not once per image
     return F.scaled_dot_product_attention(q, k, v, shift, scale=1.0).view(B, K, H, N, D)
 
 

@@ -29,7 +29,9 @@ def build(
         close = difflib.get_close_matches(entry, timm.list_models(), n=1)
         hint = f"; did you mean {PREFIX}{close[0]}?" if close else ""
         raise ValueError(f"model.name: timm has no model {entry!r}{hint}")
-    options = {"num_classes": num_classes, "drop_path_rate": drop_path_rate, **(options or {})}
+    options = {"num_classes": num_classes, **(options or {})}
+    if drop_path_rate:  # many networks have none
+        options["drop_path_rate"] = drop_path_rate
     if _built_for_one_size(entry):
         options["img_size"] = img_size
     try:
@@ -52,5 +54,8 @@ def _built_for_one_size(entry: str) -> bool:
 
 
 def layer_ids(model: nn.Module) -> dict[str, int]:
-    """Parameter name → layer id, by timm's own grouping (`group_matcher`); the highest is the head."""
+    """Parameter name → layer id, by timm's own grouping (`group_matcher`); the highest is the head. Raises ValueError
+    for a network without one."""
+    if not hasattr(model, "group_matcher"):
+        raise ValueError(f"model.name: timm does not tell the layers of this network ({type(model).__name__})")
     return group_parameters(model, model.group_matcher(coarse=False), reverse=True)

@@ -30,7 +30,10 @@ def adapt(native: Native, model: nn.Module, source: str) -> dict[str, str]:
 def _absolute(native: Native, model: nn.Module, own: dict[str, torch.Tensor], source: str) -> dict[str, str]:
     """pos_embed (1, slots + positions, D): to the model's map, with or without a slot for the class token."""
     embed, wanted = native.tensors["pos_embed"], own["pos_embed"]
-    height, width = model.patch_embed.grid_size
+    grid = getattr(model.patch_embed, "grid_size", None)
+    if embed.shape == wanted.shape or grid is None:
+        return {}  # nothing to do, or not to be done here: the check of shapes tells
+    height, width = grid
     slots = wanted.shape[1] - height * width
     if embed.ndim != 3 or (embed.shape[1] == wanted.shape[1] and height != width):
         return {}  # of the model's own shape, or no embedding at all, which the check of shapes tells

@@ -30,6 +30,7 @@ def create_model(name: str, device: str = "cpu", **options) -> nn.Module:
     A network of timm is always made, and initialised by timm, in host memory.
     Raises ValueError for an unknown name, with the nearest known one, and for options that the network does not take.
     """
+    assert device in ("cpu", "meta"), device
     options = {key: value for key, value in options.items() if value is not None}
     if name.startswith(foreign.PREFIX):
         return foreign.build(name, **_without_windows(name, options))

@@ -70,8 +70,9 @@ def fit(model: nn.Module, weights: Weights, head: str | None = None) -> tuple[Lo
     only a head, what masked image modelling adds to an encoder, and the norm behind mean pooling may start fresh.
     """
     network, source = model.encoder if isinstance(model, SimMIM) else model, weights.source
-    names = {name.removeprefix("encoder.") if network is not model else name: name for name in model.state_dict()}
-    shapes = {name: model.state_dict()[full].shape for name, full in names.items()}
+    own = model.state_dict()
+    names = {name.removeprefix("encoder.") if network is not model else name: name for name in own}
+    shapes = {name: own[full].shape for name, full in names.items()}
     native = to_native(weights.tensors, shapes, source)
     report = LoadReport(layout=native.layout)
     _check_swin(network, native, weights, report)

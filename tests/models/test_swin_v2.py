@@ -114,6 +114,14 @@ def test_a_nan_does_not_stay_behind():
     assert torch.equal(attend(qkv, 4, scale, bias), before)
 
 
+def test_inference_mode_spoils_no_later_step():
+    blocks._LOCAL.__dict__.clear()
+    qkv, scale, bias = torch.randn(1, 8, 8, 3, 2, 4), torch.ones(2, 1, 1), torch.zeros(2, 16, 16)
+    with torch.inference_mode():
+        before = attend(qkv, 4, scale, bias).clone()
+    assert torch.equal(attend(qkv, 4, scale, bias), before)
+
+
 def test_sequential_stages_change_nothing():
     one, other = (create_model("swinv2_nano", img_size=64, window_size=4, sequential_stages=n) for n in (0, 2))
     assert [block.attn.in_sequence for stage in other.layers for block in stage.blocks] == [True] * 2 + [False] * 4

@@ -107,6 +107,13 @@ def test_networks_of_timm(name, options):
         set_recompute(model, Recompute(2))
 
 
+def test_networks_of_timm_without_drop_path_or_layers():
+    model = create_model("timm:ghostnet_050", img_size=64, num_classes=3)
+    assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+    with pytest.raises(ValueError, match="timm does not tell the layers of this network"):
+        layer_ids(nn.Linear(2, 2))
+
+
 def test_what_timm_does_not_take_is_told():
     with pytest.raises(ValueError, match="did you mean timm:vit_tiny_patch16_224"):
         create_model("timm:vit_tiny_patch16_22", img_size=64)
