@@ -12,6 +12,7 @@ from dsmim.data.dataset import EvalDataset
 from dsmim.data.from_recipe import open_reader, validation_shards
 from dsmim.data.loader import eval_loader
 from dsmim.engine import checkpoint
+from dsmim.engine.construct import construct
 from dsmim.engine.runtime import Runtime, joined
 from dsmim.engine.zero import resolve_precision
 from dsmim.models import fix_position_bias
@@ -33,7 +34,8 @@ def evaluate(path: Path, overrides: list[str]) -> dict[str, Any]:
         task = runtime.together(lambda: build_task(recipe))
         data = open_validation(recipe, task, runtime)
         state = runtime.together(lambda: weights_for(task, Path(found)) if runtime.is_first else None)
-        list(task.fill(state))
+        construct(task.fill(state), {}, 0, runtime)
+        del state
         runtime.broadcast(task.model.to(runtime.device))
         figures = validate(_Autocast(task.model, recipe, runtime), task, data, recipe, runtime)
         return {"checkpoint": found, "data": recipe.data.val, **figures}
