@@ -18,15 +18,16 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
+from memory import PeakMemory
 
 from dsmim.engine.construct import construct
 from dsmim.engine.placement import free_port
 from dsmim.engine.runtime import Runtime, start, stop
 from dsmim.engine.schedule import resolve
 from dsmim.engine.zero import Engine
+from dsmim.evaluate import to_device
 from dsmim.models import create_model
 from dsmim.models.flops import forward_macs
 from dsmim.recipe import Recipe
@@ -73,27 +74,7 @@ def batch_for(recipe: Recipe, task: Task, runtime: Runtime, size: int) -> dict:
         tokens = side // task.model.patch
         cells = torch.rand(size, tokens // 8, tokens // 8, generator=generator) < recipe.task.mask_ratio
         batch["mask"] = cells.repeat_interleave(8, 1).repeat_interleave(8, 2)
-    return {k: v.to(runtime.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-
-
-class PeakMemory:
-    """Largest memory of this rank since the last reset, in bytes: of the GPU, or resident."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.reset()
-
-    def reset(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def read(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    return to_device(batch, runtime.device)
 
 
 def state_bytes(engine: Engine) -> int:
@@ -183,7 +164,7 @@ def build(args: argparse.Namespace, runtime: Runtime) -> dict:
     params = sum(p.numel() for p in task.model.parameters())
     largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in task.model.modules())
     config = {"train_batch_size": runtime.world_size, "zero_optimization": {"stage": 3}}
-    construct(task.fill(), config, 3, runtime)
+    construct(task.model, task.fill(), config, 3, runtime)
     peak = max(runtime.gather(memory.read() - base))
     return {
         "model": args.model,

@@ -18,11 +18,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import timm
 import torch
+from memory import PeakMemory
 from torch import nn
 
 from dsmim.models import compile_blocks, create_model, fix_position_bias, timm_arguments
@@ -119,20 +119,11 @@ def peak_memory(name: str, case: Case, batch: int, which: str, device: torch.dev
 def _grown(name: str, case: Case, which: str, device: torch.device) -> int:
     images = torch.randn(case.batch, 3, case.img_size, case.img_size, device=device)
     step = step_of(pair(name, case, device)[which], images, training=True)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before, after = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-        before, after = _resident("VmRSS"), lambda: _resident("VmHWM")
+    memory = PeakMemory(device)
+    before = memory.read()  # right after the reset the peak is what is there
     step()
     step()
-    return after() - before
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+    return memory.read() - before
 
 
 @torch.no_grad()

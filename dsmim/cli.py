@@ -150,10 +150,9 @@ def _evaluate(options) -> None:
 
 def _leave() -> None:
     """End one of several ranks here, its work done and its process group left. In the interpreter's own shutdown torch
-    aborts now and then (a thread that nobody joined), and a finished job would count as failed. Not so under mpirun,
-    which takes a rank that skips MPI's own shutdown for a failed one."""
-    by_mpirun = any(key.startswith(("OMPI_", "PMIX_", "PMI_", "MV2_")) for key in os.environ)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not by_mpirun:
+    aborts now and then (a thread that nobody joined), and a finished job would count as failed. Not so where MPI
+    was joined: mpirun takes a rank that skips MPI's own shutdown for a failed one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "mpi4py.MPI" not in sys.modules:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(0)

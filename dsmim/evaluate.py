@@ -34,9 +34,9 @@ def evaluate(path: Path, overrides: list[str]) -> dict[str, Any]:
         task = runtime.together(lambda: build_task(recipe))
         data = open_validation(recipe, task, runtime)
         state = runtime.together(lambda: weights_for(task, Path(found)) if runtime.is_first else None)
-        construct(task.fill(state), {}, 0, runtime)
+        construct(task.model, task.fill(state), {}, 0, runtime)
         del state
-        runtime.broadcast(task.model.to(runtime.device))
+        runtime.broadcast(task.model)
         figures = validate(_Autocast(task.model, recipe, runtime), task, data, recipe, runtime)
         return {"checkpoint": found, "data": recipe.data.val, **figures}
 

@@ -116,8 +116,8 @@ def _encoder(weights: State, whose: str = "timm") -> tuple[State, str]:
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """What of recipe.model shapes the network; what is not set is not there."""
-    found = {key: getattr(recipe.model, key, None) for key in _SETTINGS}
-    return {key: value for key, value in found.items() if value} | (getattr(recipe.model, "options", None) or {})
+    found = recipe.model.model_dump(include=set(_SETTINGS))
+    return {key: value for key, value in found.items() if value} | recipe.model.options
 
 
 def _classes(recipe: Recipe) -> int:

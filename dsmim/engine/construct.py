@@ -17,21 +17,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dsmim.engine.runtime import Runtime
 
 
-def construct(parts: Iterable[nn.Module], config: dict[str, Any], stage: int, runtime: Runtime) -> None:
-    """Take the modules of a model as `parts` gives them, each with its parameters just filled in host memory, and send
-    these to the device, at ZeRO stage 3 as shards."""
+def construct(model: nn.Module, parts: Iterable[nn.Module], config: dict[str, Any], stage: int, runtime: Runtime):
+    """Take the modules of the model as `parts` gives them, each with its parameters just filled in host memory, and
+    send these to the device, at ZeRO stage 3 as shards; then the buffers, which DeepSpeed would leave there."""
     if stage == 3:
         import deepspeed
 
         deepspeed.zero.Init(module=_Parts(parts), config_dict_or_path=config)
-        return
-    for module in parts:
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(runtime.device)
+    else:
+        for module in parts:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(runtime.device)
+    move_buffers(model, runtime.device)
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
-    """Every buffer to the device: of a model that is in shards already, DeepSpeed leaves them where they are."""
+    """Every buffer, saved or not, to the device."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsmim.engine.construct import autocast_modules, construct, move_buffers, share_buffers
+from dsmim.engine.construct import autocast_modules, construct, share_buffers
 from dsmim.engine.ds_config import load_ds_config, zero_stage
 from dsmim.engine.optim import build_optimizer, parameter_groups
 from dsmim.engine.runtime import Runtime
@@ -47,11 +47,10 @@ class Engine:
         self.config = load_ds_config(recipe.engine.deepspeed, self._owned(recipe, model))
         self.stage = zero_stage(self.config)
         self.groups = parameter_groups(model, layers, recipe.optim)  # before shards make every tensor look 1-D
-        construct(parts, self.config, self.stage, runtime)
-        move_buffers(model, runtime.device)
+        construct(model, parts, self.config, self.stage, runtime)
+        share_buffers(model, runtime)
         optimizer = build_optimizer(model, self.groups, recipe.optim)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.config)
-        share_buffers(model, runtime)
         if self.stage == 3:
             share_masters(self.deepspeed.optimizer)
         self._check_compiled(recipe)
