@@ -192,6 +192,8 @@ class Optim(Section):
     """Factor on the learning rate per layer below the head (arXiv 2106.08254)."""
     clip_grad: Positive | None = 5.0
     """Largest global gradient norm; null: no clipping."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep a moving average of the weights beside them (a further 4 bytes a parameter, in shards); null: none."""
 
 
 class Schedule(Section):
@@ -224,7 +226,9 @@ class Engine(Section):
     """A run has diverged, and stops, when the mean loss of its last 20 steps is this multiple of that of its first 20;
     null: never."""
     timeout_minutes: Positive = 10
-    """How long a rank waits for another before the job ends with an error."""
+    """How long a rank waits for another before the job ends with an error, until the first step is done."""
+    step_timeout_minutes: Positive = 5
+    """The same from then on, when nothing is compiled, converted or read for the first time any more."""
 
 
 class Validation(Section):
@@ -232,16 +236,35 @@ class Validation(Section):
     """How often the validation set is measured; always at the end too."""
 
 
+class Best(Section):
+    """What makes one checkpoint better than another."""
+
+    metric: str
+    """A figure of the validation, as metrics.jsonl names it without val_: loss, accuracy, …"""
+    mode: Literal["min", "max"]
+
+
 class Checkpoint(Section):
     every: Duration = Duration(epochs=1)
     """How often a checkpoint is written; always at the end too."""
     keep: Count = 2
     """Newest checkpoints that stay on disk."""
+    keep_every: Duration | None = None
+    """Checkpoints at multiples of this length stay too; null: none."""
+    keep_best: Best | None = None
+    """The checkpoint that did best in a validation at its own step stays too; null: none."""
+    background: bool = False
+    """Serialise into host memory and go on training while that is written: a shorter stall, for the memory of a rank's
+    shard."""
+    before_end_minutes: Annotated[float, Field(ge=0)] = 5
+    """Where the end of the job is known, as under Slurm: save and leave so long before it; 0: do not look."""
 
 
 class Log(Section):
     every: Count = 10
     """Steps between two lines of the log."""
+    low_memory: Share = 0.05
+    """Warn when less than this share of a node's memory (or of the job's, where Slurm limits it) is left."""
     tensorboard: bool = True
 
 

@@ -19,8 +19,8 @@ FREE_KEYS = (
     "data.train", "data.val", "data.index_dir", "data.subset", "data.workers", "data.cache_dir",
     "data.cache_gb", "data.allow_pipe", "data.max_undecodable",
     "model.grad_checkpointing", "model.grad_checkpointing_stages", "model.sequential_stages", "model.compile",
-    "batch.micro_batch", "batch.eval_batch", "engine.max_skipped", "engine.max_loss_growth",
-    "engine.timeout_minutes",
+    "batch.micro_batch", "batch.eval_batch", "engine.deepspeed", "engine.max_skipped", "engine.max_loss_growth",
+    "engine.timeout_minutes", "engine.step_timeout_minutes",
     "validation", "checkpoint", "log",
 )  # fmt: skip
 
