@@ -12,6 +12,8 @@ from dsmim import __version__
 from dsmim.cli_shards import add_shards
 from dsmim.cli_words import command as _command
 from dsmim.cli_words import count as _count
+from dsmim.engine import outcome
+from dsmim.engine.interrupt import Interrupt
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,7 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if _speaks(error):
             print(f"dsmim: error: {error}", file=sys.stderr, flush=True)
-        return 1
+        return outcome.FAILED
+    except outcome.LostPeer as error:
+        print(f"dsmim: error: {error}", file=sys.stderr, flush=True)
+        os._exit(error.status)  # what is left of the process group would wait for the lost one
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -50,7 +55,7 @@ def _speaks(error: Exception) -> bool:
     from dsmim.engine.placement import is_first
     from dsmim.recipe_errors import RecipeError
 
-    shared = isinstance(error, RecipeError) or type(error).__name__ == "Stopped"
+    shared = isinstance(error, (RecipeError, outcome.Stopped))
     return is_first(os.environ) or not shared
 
 
@@ -126,14 +131,16 @@ def _samples(options) -> None:
         print(f"{key}\t{shard}" if options.shards else key)
 
 
-def _train(options) -> None:
+def _train(options) -> int:
+    interrupt = Interrupt()
+    interrupt.listen()  # before the imports, which take seconds: a signal that nobody handles kills
     from dsmim.recipe_file import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     from dsmim.train import fit
 
-    fit(recipe, options.run_dir or Path("runs") / recipe.name, options.fork)
-    _leave()
+    complete = fit(recipe, options.run_dir or Path("runs") / recipe.name, options.fork, interrupt)
+    return _leave(outcome.COMPLETE if complete else outcome.STOPPED)
 
 
 def _evaluate(options) -> None:
@@ -145,17 +152,18 @@ def _evaluate(options) -> None:
         print(json.dumps(figures))
         if options.json:
             options.json.write_text(json.dumps(figures) + "\n")
-    _leave()
+    _leave(outcome.COMPLETE)
 
 
-def _leave() -> None:
+def _leave(status: int) -> int:
     """End one of several ranks here, its work done and its process group left. In the interpreter's own shutdown torch
     aborts now and then (a thread that nobody joined), and a finished job would count as failed. Not so where MPI
     was joined: mpirun takes a rank that skips MPI's own shutdown for a failed one."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "mpi4py.MPI" not in sys.modules:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        os._exit(0)
+        os._exit(status)
+    return status
 
 
 def _export(options) -> None:

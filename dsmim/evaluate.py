@@ -13,6 +13,7 @@ from dsmim.data.from_recipe import open_reader, validation_shards
 from dsmim.data.loader import eval_loader
 from dsmim.engine import checkpoint
 from dsmim.engine.construct import construct
+from dsmim.engine.interrupt import Interrupt
 from dsmim.engine.runtime import Runtime, joined
 from dsmim.engine.zero import resolve_precision
 from dsmim.models import fix_position_bias
@@ -37,7 +38,9 @@ def evaluate(path: Path, overrides: list[str]) -> dict[str, Any]:
         construct(task.model, task.fill(state), {}, 0, runtime)
         del state
         runtime.broadcast(task.model)
-        figures = validate(_Autocast(task.model, recipe, runtime), task, data, recipe, runtime)
+        model = _Autocast(task.model, recipe, runtime)
+        figures = validate(model, task, data, recipe, runtime, Interrupt())
+        assert figures is not None  # nothing listens to signals here: there is nothing to save
         return {"checkpoint": found, "data": recipe.data.val, **figures}
 
 
@@ -59,18 +62,24 @@ def open_validation(recipe: Recipe, task: Task, runtime: Runtime) -> EvalDataset
 
 
 @torch.no_grad()
-def validate(model: Any, task: Task, data: EvalDataset, recipe: Recipe, runtime: Runtime) -> dict[str, float]:
-    """The task's metrics over the whole set. Collective; model is the engine, or a module with eval()."""
+def validate(
+    model: Any, task: Task, data: EvalDataset, recipe: Recipe, runtime: Runtime, interrupt: Interrupt
+) -> dict[str, float] | None:
+    """The task's metrics over the whole set; None when a rank was asked to stop before its end. Collective; model is
+    the engine, or a module with eval()."""
     model.eval()
     pin = runtime.device.type == "cuda"
     workers = min(recipe.data.workers, 4)
     loader = eval_loader(data, recipe.batch.eval_batch, runtime.world_size, runtime.rank, workers, pin)
-    total: torch.Tensor | None = None
-    for batch in loader:
+    total, batches = torch.zeros((), dtype=torch.float64, device=runtime.device), iter(loader)
+    for number in range(len(loader)):
+        runtime.phase("validation", number)
+        batch = interrupt.fetch(batches)
+        if runtime.any(interrupt.reason is not None)[0]:
+            return None
         for fault in batch["undecodable"]:
             print(f"undecodable image left out of the evaluation: {fault}", file=sys.stderr, flush=True)
-        sums = task.validation_sums(model, to_device(batch, runtime.device))
-        total = sums if total is None else total + sums
+        total = total + task.validation_sums(model, to_device(batch, runtime.device))
     figures = task.metrics(runtime.sum(total))
     missing = len(data) - figures["samples"]
     return figures | ({"undecodable": missing} if missing else {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ class Log:
     """
 
     def __init__(self, folder: Path, active: bool, step: int, total: int, tensorboard: bool):
-        self.active, self.total = active, total
+        self.active, self.folder, self.total = active, folder, total
         self._clock, self._first = time.monotonic(), step
         self._board = None
         if not active:
@@ -47,6 +48,18 @@ class Log:
         shown = " | ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "samples")
         self.say(f"step {step}/{self.total} | validation over {values['samples']} samples | {shown}")
 
+    def host(self, step: int, values: dict[str, Any]) -> None:
+        """Figures of the machines, which no two runs share: into a stream of their own, RUN/host.jsonl."""
+        if self.active:
+            with (self.folder / "host.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+            self._chart(step, values, "host")
+
+    def sync(self) -> None:
+        """Bring the stream to disk: a checkpoint must not outlive the lines before it."""
+        if self.active:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         if self.active:
             self._file.close()
@@ -58,8 +71,11 @@ class Log:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        if self._board:
-            for name, value in values.items():
+        self._chart(step, values, group)
+
+    def _chart(self, step: int, values: dict[str, Any], group: str) -> None:
+        for name, value in values.items() if self._board else ():
+            if isinstance(value, (int, float)):
                 self._board.add_scalar(f"{group}/{name.removeprefix('val_')}", value, step)
 
     def _eta(self, step: int) -> str:

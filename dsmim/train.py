@@ -6,20 +6,24 @@ and going on changes nothing.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dsmim.cluster.slurm import end_of_job
 from dsmim.data.dataset import EvalDataset, TarDataset
 from dsmim.data.from_recipe import open_reader, training_shards
 from dsmim.data.index import fingerprint
 from dsmim.data.loader import train_loader
-from dsmim.data.order import accumulation_steps, stream_key, training_order
-from dsmim.engine import checkpoint
+from dsmim.data.order import accumulation_steps, refit_accumulation, stream_key, training_order
+from dsmim.engine.interrupt import Interrupt
 from dsmim.engine.run_directory import RunDirectory, open_run
 from dsmim.engine.runtime import Runtime, joined
+from dsmim.engine.saving import Saver
 from dsmim.engine.schedule import LearningRate, resolve
 from dsmim.engine.watch import Watch
 from dsmim.engine.zero import Engine, StepResult
@@ -28,16 +32,18 @@ from dsmim.log import Clock, Log
 from dsmim.models.weights import State
 from dsmim.recipe import Duration, Recipe
 from dsmim.tasks import Task, build_task
+from dsmim.tasks.base import Batch
 from dsmim.weights_file import warm_start
 
 
-def fit(recipe: Recipe, run_dir: Path, fork: bool = False) -> None:
-    """Train, or go on training, what the recipe says, in run_dir.
+def fit(recipe: Recipe, run_dir: Path, fork: bool = False, interrupt: Interrupt | None = None) -> bool:
+    """Train, or go on training, what the recipe says, in run_dir. False: stopped before its end by `interrupt`, or by
+    the approaching end of the job, with everything saved.
 
-    Every rank calls it. Raises ValueError (Stopped where all ranks know) for what a user can mend.
+    Every rank calls it. Raises ValueError (Stopped where all ranks know) for what a user can mend, and LostPeer.
     """
     with joined(recipe.engine.timeout_minutes) as runtime:
-        _Training(recipe, run_dir, fork, runtime).run()
+        return _Training(recipe, run_dir, fork, runtime, interrupt or Interrupt()).run()
 
 
 def training_data(recipe: Recipe, task: Task, runtime: Runtime) -> TarDataset:
@@ -63,25 +69,22 @@ class _Cadence:
 class _Training:
     """One session of a run: set up in __init__, then run()."""
 
-    def __init__(self, recipe: Recipe, run_dir: Path, fork: bool, runtime: Runtime):
-        self.recipe, self.runtime = recipe, runtime
+    def __init__(self, recipe: Recipe, run_dir: Path, fork: bool, runtime: Runtime, interrupt: Interrupt):
+        self.recipe, self.runtime, self.interrupt = recipe, runtime, interrupt
+        if runtime.is_first:
+            interrupt.stop_before(end_of_job(os.environ), recipe.checkpoint.before_end_minutes)
         torch.manual_seed(recipe.seed)  # networks of timm are initialised here, ours when the engine takes them
         self.task = runtime.together(lambda: build_task(recipe))
         self.data = training_data(recipe, self.task, runtime)
         self.validation: EvalDataset | None = None
         if recipe.data.val is not None:
             self.validation = open_validation(recipe, self.task, runtime)
-        batch, epoch = recipe.batch, self.data.order.epoch_samples
-        self.accumulation: int = runtime.together(
-            lambda: accumulation_steps(batch.global_batch, batch.micro_batch, runtime.world_size)
-        )
-        micro = batch.global_batch // (runtime.world_size * self.accumulation)
-        runtime.together(lambda: self.task.check_micro_batch(micro))
         self.rate: LearningRate = runtime.together(
-            lambda: resolve(recipe.schedule, recipe.optim, batch.global_batch, epoch)
+            lambda: resolve(recipe.schedule, recipe.optim, recipe.batch.global_batch, self.data.order.epoch_samples)
         )
         self.fingerprint = fingerprint(self.data.reader.shards)
         self.run_dir: RunDirectory = open_run(run_dir, recipe, self.fingerprint, runtime, fork)
+        self.accumulation: int = runtime.together(self._accumulation)
         self.log = Log(run_dir, runtime.is_first, self.run_dir.step, self.rate.total, recipe.log.tensorboard)
         for note in self.run_dir.notes:
             self.log.say(note)
@@ -93,48 +96,79 @@ class _Training:
                 self.task.fill(weights),
             )
         )  # fmt: skip
-        self.watch = Watch(recipe, runtime, self.log.say, epoch)
+        self.watch = Watch(recipe, runtime, self.log.say, self.data.order.epoch_samples)
+        self.saver = Saver(
+            self.engine, self.run_dir.checkpoints, recipe.checkpoint, self._steps_to_keep(),
+            self.run_dir.step if self.run_dir.resume_from else None, runtime, self.log.say,
+        )  # fmt: skip
+        self.validated: tuple[int, dict[str, float]] | None = None
 
-    def run(self) -> None:
-        """Train from where the run stands to its end."""
+    def run(self) -> bool:
+        """Train from where the run stands to its end; False when asked to stop before."""
         first, total = self._resume(), self.rate.total
+        if self.run_dir.state.get("validation_due") and not self._validate(first):
+            return self._stop(first, validation_due=True)
         if first >= total:
             self.log.say(f"{self.run_dir.path}: complete at step {first} of {total}")
-            self._close()
-            return
+            return self._close(complete=True)
         validating, saving, logging = (self._cadence(c) for c in self._cadences())
         batches = iter(self._batches(total - first))
         self.log.say(self._headline(first))
         clock = Clock()
         for step in range(first, total):
             torch.manual_seed(stream_key(self.recipe.seed, "model", step, self.runtime.rank))
-            loss, result, bad = self._step(step, batches, clock)
+            micro_batches = self._fetch(step, batches, clock)
+            if self._asked_to_stop():
+                return self._stop(step)
+            loss, result, bad = self._step(step, micro_batches, clock)
             done = step + 1
             if logging(done):
                 self.log.step(done, self._figures(loss, result, bad, clock))
-            if self.validation and validating(done):
-                figures = validate(self.engine, self.task, self.validation, self.recipe, self.runtime)
-                self.log.validation(done, figures)
+            if self.validation and validating(done) and not self._validate(done):
+                return self._stop(done, validation_due=True)
             if saving(done):
                 self._save(done)
             if logging(done) or validating(done) or saving(done):
                 clock.restart()  # so that neither validation nor saving counts as training time
-        self._close()
+        return self._close(complete=True)
 
-    def _close(self) -> None:
+    def _close(self, complete: bool) -> bool:
+        self.saver.finish()
         self.log.close()
         self.engine.close()
+        return complete
 
-    def _step(self, step: int, batches: Any, clock: Clock) -> tuple[float, StepResult, int]:
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank is; every rank learns it here. Publishes the checkpoint that all have written meanwhile."""
+        stop, busy = self.runtime.any(self.interrupt.reason is not None, self.saver.busy)
+        if not busy:
+            self.saver.finish()
+        return stop
+
+    def _stop(self, done: int, validation_due: bool = False) -> bool:
+        """Leave the run so that it can go on from `done` completed steps."""
+        self.log.say(f"asked to stop: {self.interrupt.reason or 'another rank was'}")
+        self.saver.finish()
+        if done > 0 and self.saver.saved != done:
+            self._save(done, validation_due)
+        self.log.say(f"stopped at step {done} of {self.rate.total} with everything saved; start again to go on")
+        return self._close(complete=False)
+
+    def _fetch(self, step: int, batches: Iterator[Batch], clock: Clock) -> list[Batch] | None:
+        """The micro batches of a step, still in host memory; None when asked to stop meanwhile."""
+        self.runtime.phase("waiting for data", step)
+        with clock.waiting():
+            found = [self.interrupt.fetch(batches) for _ in range(self.accumulation)]
+        return None if any(batch is None for batch in found) else found
+
+    def _step(self, step: int, micro_batches: list[Batch], clock: Clock) -> tuple[float, StepResult, int]:
         """One optimizer step: the global batch's mean loss, what was done, undecodable images so far."""
+        self.runtime.phase("training", step)
         self.engine.train()
-        losses, keys = torch.zeros(2, dtype=torch.float64, device=self.runtime.device), []
-        for _ in range(self.accumulation):
-            with clock.waiting():
-                batch = next(batches)
-            keys += batch["key"]
-            losses[1] += self.watch.undecodable(batch)
-            batch = to_device(batch, self.runtime.device) | {"step": step}
+        losses = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
+        for micro_batch in micro_batches:
+            losses[1] += self.watch.undecodable(micro_batch)
+            batch = to_device(micro_batch, self.runtime.device) | {"step": step}
             loss = self.task.training_loss(self.engine, batch)
             self.engine.backward(loss)
             losses[0] += loss.detach().double() / (self.accumulation * self.runtime.world_size)
@@ -143,41 +177,53 @@ class _Training:
         bad = self.watch.count(int(faults), self.recipe.batch.global_batch)
         result = self.engine.step(step)
         clock.steps += 1
-        self.watch.finite(step, total, own, result, keys)
+        self.watch.finite(step, total, own, result, [key for batch in micro_batches for key in batch["key"]])
         return total, result, bad
 
     def _figures(self, loss: float, result: StepResult, bad: int, clock: Clock) -> dict[str, float]:
         speed = clock.read(self.recipe.batch.global_batch)
         return {"loss": loss, "lr": result.lr, "grad_norm": result.grad_norm, "undecodable": bad, **speed}
 
+    def _validate(self, done: int) -> bool:
+        """Measure and log; False when asked to stop before the set's end."""
+        figures = validate(self.engine, self.task, self.validation, self.recipe, self.runtime, self.interrupt)
+        if figures is None:
+            return False
+        self.validated = (done, figures)
+        self.log.validation(done, figures)
+        return True
+
     def _resume(self) -> int:
         """Load the checkpoint that the run goes on from, if there is one. Gives the completed steps."""
-        run = self.run_dir
+        run, runtime = self.run_dir, self.runtime
         if run.resume_from is not None:
-            self.runtime.together(lambda: self._check_stage(run.state["zero_stage"]))
-            self.runtime.together(lambda: self.engine.restore(run.resume_from))
+            runtime.phase("resuming", run.step)
+            if run.same_shards(runtime.world_size, self.engine.stage):
+                runtime.together(lambda: self.engine.restore(run.resume_from))
+            else:
+                from dsmim.engine import universal
+
+                universal.resume(run.resume_from, self.engine, runtime, self.log.say)
+                self.engine.restored()
             self.watch.restore(run.state["watch"])
             self.log.say(f"resumed from {run.resume_from}")
         return run.step
 
-    def _check_stage(self, saved: int) -> None:
-        if saved != self.engine.stage:
-            raise ValueError(
-                f"engine.deepspeed: the checkpoint was written at ZeRO stage {saved}, {self.recipe.engine.deepspeed} "
-                f"is stage {self.engine.stage}; go on with stage {saved}"
-            )
-
-    def _save(self, done: int) -> None:
-        state = {
+    def _save(self, done: int, validation_due: bool = False) -> None:
+        self.runtime.phase("saving", done)
+        self.log.sync()
+        measured = self.validated is not None and self.validated[0] == done
+        self.saver.save(done, {
             "samples_consumed": self._consumed(done),
             "data_fingerprint": self.fingerprint,
             "world_size": self.runtime.world_size,
             "zero_stage": self.engine.stage,
+            "micro_batch": self._micro_batch(),
             "watch": self.watch.state(),
+            "validation": self.validated[1] if measured else None,
+            "validation_due": validation_due,
             "recipe": self.recipe.model_dump(mode="json"),
-        }
-        keep = self.recipe.checkpoint.keep
-        checkpoint.save(self.engine, self.run_dir.checkpoints, done, state, keep, self.runtime)
+        })  # fmt: skip
 
     def _consumed(self, done: int) -> int:
         return self.run_dir.consumed + (done - self.run_dir.step) * self.recipe.batch.global_batch
@@ -200,6 +246,31 @@ class _Training:
         )
         self.log.say(f"weights from {settings.weights}: {read[0]}")
         return read[1]
+
+    def _accumulation(self) -> int:
+        """Micro batches per rank and step. A new run's must be as the recipe says; one that goes on keeps its global
+        batch at any number of ranks, by micro batches no larger than they were."""
+        batch, world = self.recipe.batch, self.runtime.world_size
+        if self.run_dir.resume_from is None:
+            steps = accumulation_steps(batch.global_batch, batch.micro_batch, world)
+            self.task.check_micro_batch(batch.global_batch // (world * steps))
+            return steps
+        largest = self.run_dir.state.get("micro_batch", 1) if batch.micro_batch == "auto" else batch.micro_batch
+        return refit_accumulation(batch.global_batch, largest, world, self._accepts)
+
+    def _accepts(self, micro_batch: int) -> bool:
+        try:
+            self.task.check_micro_batch(micro_batch)
+            return True
+        except ValueError:
+            return False
+
+    def _micro_batch(self) -> int:
+        return self.recipe.batch.global_batch // (self.runtime.world_size * self.accumulation)
+
+    def _steps_to_keep(self) -> int:
+        every = self.recipe.checkpoint.keep_every
+        return self._cadence(every).every if every is not None else 0
 
     def _cadences(self) -> tuple[Duration, ...]:
         recipe = self.recipe

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -71,5 +74,18 @@ def _loader(dataset: torch.utils.data.Dataset, batches: Sampler, workers: int, p
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
         multiprocessing_context="fork" if workers else None,  # the indexes' mappings and the modules are shared
+        worker_init_fn=_settle,
         generator=torch.Generator(),  # its own: the loader must not draw from the model's random stream
     )
+
+
+def _settle(worker: int) -> None:
+    """A worker outlives a request to stop, which Slurm sends to every process of a step: its rank decides when to end.
+    And it ends with its rank, however that ends."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h

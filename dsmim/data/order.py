@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -141,3 +141,23 @@ def accumulation_steps(global_batch: int, micro_batch: int | str, world_size: in
             f"= {world_size * micro}; change batch.global_batch, batch.micro_batch or the number of ranks"
         )
     return global_batch // (world_size * micro)
+
+
+def refit_accumulation(global_batch: int, micro_batch: int, world_size: int, accepts: Callable[[int], bool]) -> int:
+    """Micro batches per rank and step of a run that goes on by `world_size` ranks, whatever their number was before:
+    those of the largest micro batch up to `micro_batch` that divides a rank's share and that `accepts` takes.
+
+    Raises ValueError, with the numbers, when ranks cannot share the global batch.
+    """
+    if global_batch % world_size:
+        fits = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
+        near = [*[n for n in fits if n < world_size][-1:], *[n for n in fits if n > world_size][:1]]
+        raise ValueError(
+            f"batch.global_batch: {global_batch} cannot be shared evenly by {world_size} ranks, and it must stay as "
+            f"it was; go on by {' or '.join(map(str, near))} ranks"
+        )
+    share = global_batch // world_size
+    for micro in range(min(share, micro_batch), 0, -1):
+        if share % micro == 0 and accepts(micro):
+            return share // micro
+    raise ValueError(f"batch.global_batch: no micro batch suits a share of {share} samples per rank")

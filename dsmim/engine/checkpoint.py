@@ -1,11 +1,11 @@
-"""Checkpoints on disk: written beside their final name, proven by a manifest, renamed; only then does `latest` move.
+"""Finished checkpoints on disk: which are whole, what they hold.
 
     RUN/checkpoints/step_00012500/   DeepSpeed's shards, state.json (what else the next step depends on),
                                      manifest.json (every file's size and SHA-256, written last)
     RUN/checkpoints/latest           the newest one's name, as DeepSpeed's own tools read it
 
 The state is small because nothing hides in it: the order of samples and the learning rate are functions of the step,
-and the model's random stream is re-seeded from (seed, step, rank) at every step.
+and the model's random stream is re-seeded from (seed, step, rank) at every step. saving.py writes them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
@@ -23,28 +22,11 @@ from typing import Any
 import torch
 
 from dsmim.engine.runtime import Runtime
-from dsmim.engine.zero import Engine
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{8,})")
-
-
-def save(engine: Engine, folder: Path, step: int, state: dict[str, Any], keep: int, runtime: Runtime) -> Path:
-    """Write the checkpoint of `step` completed steps. Collective. Raises ValueError when the disk refuses."""
-    final, tag = folder / f"step_{step:08d}", f".partial_{step:08d}"
-    partial = folder / tag
-    runtime.on_first(lambda: _fresh_folder(partial))
-    _write_shards(engine, folder, tag)
-    runtime.on_first(lambda: _write_json(partial / STATE, {"format": FORMAT, "step": step, **state}))
-    # Rank 0 lists: on a network file system another node may not see the newest names yet.
-    names = runtime.on_first(lambda: sorted(path.name for path in partial.iterdir()))
-    digests = runtime.together(lambda: _digest(partial, names[runtime.rank :: runtime.world_size]))
-    files = {name: entry for share in runtime.gather(digests) for name, entry in share.items()}
-    runtime.on_first(lambda: _publish(partial, final, files))
-    runtime.on_first(lambda: _retain(folder, keep))
-    return final
 
 
 def find_valid(folder: Path, runtime: Runtime) -> tuple[Path | None, list[str]]:
@@ -77,13 +59,22 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def candidates(folder: Path) -> list[Path]:
     """Finished checkpoints, newest first."""
     found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("_")[1]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Completed steps, as a checkpoint's name tells them."""
+    return int(checkpoint.name.split("_")[1])
+
+
+def name_of(step: int) -> str:
+    return f"step_{step:08d}"
 
 
 def set_aside(folder: Path, newer_than: int) -> None:
     """Rename damaged checkpoints beyond the step that a run goes on from, so that they never count as newest again."""
     for path in candidates(folder):
-        if int(path.name.split("_")[1]) > newer_than:
+        if step_of(path) > newer_than:
             shutil.rmtree(aside := path.with_name(path.name + ".damaged"), ignore_errors=True)
             path.rename(aside)
 
@@ -137,66 +128,6 @@ def checkpoint_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # its progress is no output of ours
         weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     return {name: tensor.detach() for name, tensor in weights.items()}
-
-
-def _write_shards(engine: Engine, folder: Path, tag: str) -> None:
-    """DeepSpeed's part. A rank whose disk refuses ends here alone, since the others wait inside DeepSpeed's barriers;
-    the launcher ends those."""
-    try:
-        engine.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False)
-    except (RuntimeError, OSError) as error:  # torch's writer raises RuntimeError for a full disk
-        raise ValueError(f"{folder / tag}: cannot be written ({error}); the last checkpoint stands") from None
-
-
-def _fresh_folder(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-
-
-def _digest(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Size and digest of these files, brought to disk."""
-    entries = {}
-    for path in (folder / name for name in names):
-        _fsync(path)
-        entries[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    return entries
-
-
-def _publish(partial: Path, final: Path, files: dict[str, Any]) -> None:
-    _write_json(partial / MANIFEST, {"files": files})
-    _fsync(partial)
-    if final.exists():  # an older, damaged one of the same step: a valid one would have been resumed from
-        shutil.rmtree(final)
-    partial.rename(final)
-    _fsync(final.parent)
-    pointer = final.parent / "latest.partial"
-    _write_text(pointer, final.name)
-    pointer.replace(final.parent / "latest")
-    _fsync(final.parent)
-
-
-def _retain(folder: Path, keep: int) -> None:
-    for old in candidates(folder)[keep:]:
-        shutil.rmtree(old)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    _write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

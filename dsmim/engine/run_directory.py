@@ -40,6 +40,10 @@ class RunDirectory:
         """Training samples consumed: the whole state of the data."""
         return self.state.get("samples_consumed", 0)
 
+    def same_shards(self, world_size: int, stage: int) -> bool:
+        """Whether the checkpoint was cut up for so many ranks at this ZeRO stage."""
+        return (self.state["world_size"], self.state["zero_stage"]) == (world_size, stage)
+
 
 def open_run(path: Path, recipe: Recipe, data: str, runtime: Runtime, fork: bool) -> RunDirectory:
     """Take the directory, and find where to go on. Collective; every error reaches all ranks.
@@ -56,7 +60,6 @@ def open_run(path: Path, recipe: Recipe, data: str, runtime: Runtime, fork: bool
         if changes and not fork:
             runtime.together(lambda: _refuse(path, changes))
         run.notes += [f"forked: {change}" for change in changes]
-        runtime.together(lambda: _check_layout(run.state, runtime))
     elif run.notes:
         runtime.together(lambda: _none_left(path, run.notes))
     runtime.on_first(lambda: checkpoint.set_aside(run.checkpoints, newer_than=run.step))
@@ -104,11 +107,3 @@ def _refuse(path: Path, changes: list[str]) -> None:
 def _none_left(path: Path, faults: list[str]) -> None:
     listed = "".join(f"\n  {fault}" for fault in faults)
     raise ValueError(f"{path}: no checkpoint is valid:{listed}\nRestore the files, or remove {path} to start anew")
-
-
-def _check_layout(state: dict[str, Any], runtime: Runtime) -> None:
-    if state["world_size"] != runtime.world_size:
-        raise ValueError(
-            f"the checkpoint was written by {state['world_size']} ranks and this run has {runtime.world_size}; start "
-            f"with {state['world_size']} ranks (the order of samples would not change, DeepSpeed's shards would)"
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dsmim.engine.outcome import Stopped
 from dsmim.engine.placement import Placement, detect
-
-
-class Stopped(ValueError):
-    """An error that every rank knows of: rank 0 speaks, the others leave quietly."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,9 @@ class Runtime:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def phase(self, name: str, step: int) -> None:
+        """Say what this rank is at, for whoever has to tell why it does not answer."""
 
     def together(self, action: Callable[[], Any]) -> Any:
         """Run `action` on every rank; if any raises ValueError or OSError, all raise, so that none waits for another.
@@ -72,6 +73,10 @@ class Runtime:
         """The tensor summed over ranks, in place."""
         dist.all_reduce(tensor)
         return tensor
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Of each flag, whether it is set on any rank."""
+        return [count > 0 for count in self.sum(torch.tensor(flags, dtype=torch.int32, device=self.device)).tolist()]
 
     def broadcast(self, module: nn.Module) -> None:
         """Rank 0's parameters and saved buffers to all ranks, in place."""
@@ -128,6 +133,8 @@ def _join(place: Placement, accelerated: bool, timeout: timedelta) -> None:
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that newer torch deprecates: four lines per step and rank.
+    warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
     if not accelerated:
         # DeepSpeed would compile a shared-memory collective at first use (a minute, and a compiler); gloo does.
         deepspeed.ops.__compatible_ops__ = {}

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from dsmim.engine.runtime import Runtime, Stopped
+from dsmim.engine.outcome import Stopped
+from dsmim.engine.runtime import Runtime
 from dsmim.engine.zero import StepResult
 from dsmim.recipe import Recipe
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsmim.engine import ema
 from dsmim.engine.construct import autocast_modules, construct, share_buffers
 from dsmim.engine.ds_config import load_ds_config, zero_stage
 from dsmim.engine.optim import build_optimizer, parameter_groups
@@ -42,6 +43,8 @@ class Engine:
                  accumulation: int, rate: LearningRate, parts: Iterable[nn.Module]):  # fmt: skip
         import deepspeed
 
+        from dsmim.engine.writer import Writer
+
         self.runtime, self.rate, self.accumulation = runtime, rate, accumulation
         self.precision = resolve_precision(recipe.engine.precision, runtime.device)
         self.config = load_ds_config(recipe.engine.deepspeed, self._owned(recipe, model))
@@ -49,8 +52,11 @@ class Engine:
         self.groups = parameter_groups(model, layers, recipe.optim)  # before shards make every tensor look 1-D
         construct(model, parts, self.config, self.stage, runtime)
         share_buffers(model, runtime)
-        optimizer = build_optimizer(model, self.groups, recipe.optim)
-        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.config)
+        self.optimizer = build_optimizer(model, self.groups, recipe.optim)
+        self.ema_decay = recipe.optim.ema_decay
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=self.config)
+        self.deepspeed.checkpoint_engine = self.writer = Writer(recipe.checkpoint.background)
+        self.deepspeed._copy_recovery_script = lambda path: None  # two scripts, written past the checkpoint engine
         if self.stage == 3:
             share_masters(self.deepspeed.optimizer)
         self._check_compiled(recipe)
@@ -91,7 +97,13 @@ class Engine:
         if norm is None:
             norm = float(self.deepspeed.get_global_grad_norm())
         applied = self.deepspeed.was_step_applied()
+        if applied and self.ema_decay is not None:
+            ema.update(self.optimizer, self.ema_decay)
         return StepResult(norm if applied else math.inf, self.rate.at(step), applied)
+
+    def save(self, folder: Path) -> None:
+        """Hand this rank's files over to the writer, which knows whether they could be written. Collective."""
+        self.deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
 
     def restore(self, checkpoint: Path) -> None:
         """Load a checkpoint of the same world size and stage. Collective. Raises ValueError when it does not fit.
@@ -108,9 +120,16 @@ class Engine:
             raise ValueError(f"{checkpoint}: has other parameter groups; optim.layer_decay and no_decay must stay")
         for group, own in zip(self.deepspeed.optimizer.param_groups, settings, strict=True):
             group.update(own)
+        self.restored()
+
+    def restored(self) -> None:
+        """What holds after any checkpoint's loading."""
+        if self.ema_decay is None:
+            ema.drop(self.optimizer)
         self._check_groups()
 
     def close(self) -> None:
+        self.writer.close()
         self.deepspeed.destroy()
 
     def _unpartitioned_norm(self) -> float:

@@ -1,0 +1,20 @@
+"""How a run can end, and the exit status that tells a batch script which. Imports nothing, so that errors can be told
+apart before anything heavy is there."""
+
+from __future__ import annotations
+
+COMPLETE = 0
+FAILED = 1
+"""Something that a user can mend."""
+LOST = 70
+"""A rank died, stalled or could not be reached; starting again may help. EX_SOFTWARE of sysexits.h."""
+STOPPED = 75
+"""Stopped on request with everything saved; starting again goes on. EX_TEMPFAIL of sysexits.h."""
+
+
+class Stopped(ValueError):
+    """An error that every rank knows of: rank 0 speaks, the others leave quietly."""
+
+
+class LostPeer(RuntimeError):
+    """Another rank does not answer any more."""
