@@ -7,9 +7,11 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from dsmim import __version__
 from dsmim.cli_shards import add_shards
+from dsmim.cli_submit import add_submit
 from dsmim.cli_words import command as _command
 from dsmim.cli_words import count as _count
 from dsmim.engine import outcome
@@ -22,11 +24,18 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # keys are whatever bytes file names were
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="surrogateescape")
+    status = _run(options)
+    if options.run in (_train, _evaluate):
+        _leave(status)
+    return status
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
-        return options.run(options) or 0
+        return options.run(options) or outcome.COMPLETE
     except BrokenPipeError:  # `dsmim samples … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return outcome.COMPLETE
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
@@ -35,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         return outcome.FAILED
     except outcome.LostPeer as error:
         print(f"dsmim: error: {error}", file=sys.stderr, flush=True)
-        os._exit(error.status)  # what is left of the process group would wait for the lost one
+        os._exit(outcome.LOST)  # MPI's own end, too, would wait for the lost one
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -70,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_samples(commands)
     _add_train(commands)
     _add_evaluate(commands)
+    add_submit(commands)
     _add_export(commands)
     _add_recipes(commands)
     return parser
@@ -140,7 +150,7 @@ def _train(options) -> int:
     from dsmim.train import fit
 
     complete = fit(recipe, options.run_dir or Path("runs") / recipe.name, options.fork, interrupt)
-    return _leave(outcome.COMPLETE if complete else outcome.STOPPED)
+    return outcome.COMPLETE if complete else outcome.STOPPED
 
 
 def _evaluate(options) -> None:
@@ -152,18 +162,17 @@ def _evaluate(options) -> None:
         print(json.dumps(figures))
         if options.json:
             options.json.write_text(json.dumps(figures) + "\n")
-    _leave(outcome.COMPLETE)
 
 
-def _leave(status: int) -> int:
-    """End one of several ranks here, its work done and its process group left. In the interpreter's own shutdown torch
-    aborts now and then (a thread that nobody joined), and a finished job would count as failed. Not so where MPI
-    was joined: mpirun takes a rank that skips MPI's own shutdown for a failed one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "mpi4py.MPI" not in sys.modules:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(status)
-    return status
+def _leave(status: int) -> NoReturn:
+    """End a rank here, its work done and its process group left, instead of in the interpreter's own shutdown: there a
+    data worker in the middle of a download would be waited for, and torch aborts now and then (a thread that nobody
+    joined), so that a finished job would count as failed."""
+    if "mpi4py.MPI" in sys.modules:
+        sys.modules["mpi4py.MPI"].Finalize()  # mpirun takes a rank that skips it for a failed one
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 def _export(options) -> None:

@@ -69,18 +69,35 @@ class Writer(CheckpointEngine):
 
 
 class _Hashed:
-    """A file that digests what goes through it. What was meant to be written is digested, not what can be read back."""
+    """A file that digests what goes through it. What was meant to be written is digested, not what can be read back.
+
+    A refusal is kept for `end`: raised within torch's writer it would come out as a complaint about positions.
+    """
 
     def __init__(self, file: BinaryIO):
         self.file, self.digest, self.bytes = file, hashlib.sha256(), 0
+        self.problem: OSError | None = None
 
     def write(self, data: Any) -> int:
-        self.digest.update(data)
-        self.bytes += len(data)
-        return self.file.write(data)
+        if self.problem is None:
+            try:
+                self.file.write(data)
+                self.digest.update(data)
+                self.bytes += len(data)
+            except OSError as error:
+                self.problem = error
+        return len(data)
 
     def flush(self) -> None:
+        pass
+
+    def end(self) -> Entry:
+        """Bring the file to disk. Raises OSError when it does not go there."""
+        if self.problem is not None:
+            raise self.problem
         self.file.flush()
+        os.fsync(self.file.fileno())
+        return {"bytes": self.bytes, "sha256": self.digest.hexdigest()}
 
 
 class _Memory:
@@ -100,11 +117,8 @@ class _Memory:
 def _write(path: Path, state: Any) -> Entry:
     with path.open("wb") as file:
         hashed = _Hashed(file)
-        try:
-            torch.save(state, hashed)
-        except RuntimeError as error:  # what torch's writer makes of an OSError
-            raise (error.__cause__ if isinstance(error.__cause__, OSError) else OSError(str(error))) from None
-        return _end(file, hashed)
+        torch.save(state, hashed)
+        return hashed.end()
 
 
 def _drain(path: Path, memory: _Memory) -> Entry:
@@ -112,13 +126,7 @@ def _drain(path: Path, memory: _Memory) -> Entry:
         hashed = _Hashed(file)
         while memory.pieces:
             hashed.write(memory.pieces.pop(0))  # freed as it goes
-        return _end(file, hashed)
-
-
-def _end(file: BinaryIO, hashed: _Hashed) -> Entry:
-    file.flush()
-    os.fsync(file.fileno())
-    return {"bytes": hashed.bytes, "sha256": hashed.digest.hexdigest()}
+        return hashed.end()
 
 
 def _settle(future: Future, action: Any) -> None:

@@ -59,6 +59,7 @@ class Engine:
         self.deepspeed._copy_recovery_script = lambda path: None  # two scripts, written past the checkpoint engine
         if self.stage == 3:
             share_masters(self.deepspeed.optimizer)
+            clear_padding(self.deepspeed.optimizer, runtime.rank)
         self._check_compiled(recipe)
         self._check_groups()
 
@@ -186,6 +187,19 @@ def share_masters(optimizer: Any) -> None:
     for master, weight in zip(masters, weights, strict=True):
         if weight is not None and (weight.dtype, weight.device) == (master.dtype, master.device):
             master.data = weight.data
+
+
+def clear_padding(optimizer: Any, rank: int) -> None:
+    """Zero what ZeRO-3's shards hold beyond the last element of a parameter that ranks cannot share evenly. DeepSpeed
+    leaves it as it finds it in memory, and two checkpoints of the same weights would differ."""
+    for master, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+        begin = 0
+        for parameter in group:
+            piece = parameter.ds_tensor.ds_numel
+            own = min(piece, max(0, parameter.ds_numel - rank * piece))
+            if master is not None:
+                master.data[begin + own : begin + piece] = 0
+            begin += piece
 
 
 def group_members(engine: Any, stage: int) -> list[list[str]]:

@@ -1,82 +1,22 @@
 """Whole runs through the command line: bitwise resume, exact evaluation, export, and bad situations."""
 
 import json
-import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
-from dsmim.engine.checkpoint import checkpoint_weights, locate
 from dsmim.engine.placement import free_port
-from tests.conftest import ROOT, dsmim, environment, run, tiny_recipe, two_ranks
+from tests.conftest import ROOT, dsmim, environment, run, two_ranks
+from tests.distributed.runs import assert_same_bytes, kill_after_checkpoint, metrics, read_weights, write_recipe
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    return checkpoint_weights(locate(path))
-
-
-def write_recipe(folder: Path, shards: Path, **changes) -> Path:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tiny_recipe(shards, **changes)))
-    return path
-
-
-def kill_after_checkpoint(checkpoint: Path, *words: object) -> None:
-    """Start a command, SIGKILL its whole process group as soon as the checkpoint is there."""
-    with subprocess.Popen(
-        [str(w) for w in words], env=environment(), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
-        deadline = time.monotonic() + 200
-        while not checkpoint.exists():
-            assert process.poll() is None, f"ended with {process.returncode} before {checkpoint}"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def tensors(value, path=""):
-    """Every tensor of a nested structure, with its path."""
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from tensors(inner, f"{path}/{key}")
-    elif isinstance(value, (list, tuple)):
-        for number, inner in enumerate(value):
-            yield from tensors(inner, f"{path}/{number}")
-
-
-def assert_same_bytes(one: Path, other: Path) -> None:
-    """Every weight, and the optimizer's moments and counters in every rank's file."""
-    weights = [read_weights(folder) for folder in (one, other)]
-    assert weights[0].keys() == weights[1].keys() and len(weights[0]) > 100
-    for name, value in weights[0].items():
-        assert value.numpy().tobytes() == weights[1][name].numpy().tobytes(), name
-    files = sorted(path.name for path in one.glob("*optim_states.pt"))
-    assert len(files) == 2 and files == sorted(path.name for path in other.glob("*optim_states.pt"))
-    compared = 0
-    for name in files:
-        left, right = (dict(tensors(torch.load(folder / name, weights_only=False))) for folder in (one, other))
-        assert left.keys() == right.keys()
-        for path, value in left.items():
-            # The fp32 weights were compared above; at stage 3 their shards end in padding that DeepSpeed leaves as
-            # it finds it in memory.
-            if "fp32_flat_groups" not in path:
-                assert value.detach().numpy().tobytes() == right[path].detach().numpy().tobytes(), (name, path)
-                compared += value.numel()
-    assert compared > 4_000_000  # two moments of 2.4 M parameters
-
-
-@pytest.mark.parametrize("stage", [1, 3])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, shards, stage):
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, shards):
+    """At stage 1; at stage 3 in test_signals.py, between two signals."""
     recipe = write_recipe(tmp_path, shards)
-    command = ("-m", "dsmim", "train", recipe, f"engine.deepspeed=zero{stage}")
+    command = ("-m", "dsmim", "train", recipe, "engine.deepspeed=zero1")
     two_ranks(*command, "--run-dir", tmp_path / "straight")
     port = str(free_port())
     launch = ("torchrun", "--nproc-per-node", 2, "--master-port", port, *command, "--run-dir", tmp_path / "killed")
@@ -86,10 +26,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, shards, stage):
     assert "resumed from" in done.stderr
     assert_same_bytes(*(tmp_path / name / "checkpoints/step_00000006" for name in ("straight", "killed")))
     assert (tmp_path / "killed/checkpoints/latest").read_text() == "step_00000006"
-    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("straight", "killed")]
-    timing = ("images_per_second", "data_wait")
-    streams = [[{k: v for k, v in json.loads(x).items() if k not in timing} for x in log] for log in logs]
-    assert streams[0] == streams[1] and len(streams[0]) == 6 + 2
+    assert metrics(tmp_path / "straight") == metrics(tmp_path / "killed") and len(metrics(tmp_path / "killed")) == 6 + 2
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +81,10 @@ def test_a_finished_run_and_a_changed_recipe(finished):
     changed = dsmim("train", recipe, "--run-dir", run_dir, "optim.lr=2e-3", "data.workers=3", check=False)
     assert changed.returncode == 1 and "optim.lr: 0.001 → 0.002" in changed.stderr and "--fork" in changed.stderr
     assert "workers" not in changed.stderr and "Traceback" not in changed.stderr
-    fewer = dsmim("train", recipe, "--run-dir", run_dir, check=False)
-    assert fewer.returncode == 1 and "written by 2 ranks and this run has 1" in fewer.stderr
+    three = ("torchrun", "--nproc-per-node", 3, "--master-port", free_port(), "-m", "dsmim", "train", recipe)
+    uneven = run(*three, "--run-dir", run_dir, check=False)
+    assert uneven.returncode == 1 and "8 cannot be shared evenly by 3 ranks" in uneven.stderr
+    assert "go on by 2 or 4 ranks" in uneven.stderr
 
 
 def test_finetuning_starts_from_the_pretrained_encoder(tmp_path, shards):

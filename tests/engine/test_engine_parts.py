@@ -9,8 +9,8 @@ import torch
 
 from dsmim.engine.construct import autocast_modules, move_buffers
 from dsmim.engine.optim import build_optimizer, parameter_groups
-from dsmim.engine.placement import detect, expand_counts
 from dsmim.engine.outcome import Stopped
+from dsmim.engine.placement import detect, expand_counts
 from dsmim.engine.schedule import resolve
 from dsmim.engine.watch import Watch
 from dsmim.engine.zero import StepResult

@@ -1,0 +1,109 @@
+"""What tests of whole runs share: starting, stopping and comparing them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+
+from dsmim.engine.checkpoint import checkpoint_weights, locate
+from dsmim.engine.placement import free_port
+from tests.conftest import ROOT, environment, tiny_recipe
+
+TIMING = ("images_per_second", "data_wait")
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    return checkpoint_weights(locate(path))
+
+
+def write_recipe(folder: Path, shards: Path, **changes) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tiny_recipe(shards, **changes)))
+    return path
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """The run's stream, without what no two runs share."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 200) -> None:
+    """Until the condition holds; fails when the process ends before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"ended with {process.returncode} too early"
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+def kill_after_checkpoint(checkpoint: Path, *words: object) -> None:
+    """Start a command, SIGKILL its whole process group as soon as the checkpoint is there."""
+    with subprocess.Popen(
+        [str(w) for w in words], env=environment(), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        wait_for(checkpoint.exists, process)
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def ranks(log: Path, count: int, *words: object, **env: str):
+    """`dsmim …` on so many ranks without a launcher, so that each one's exit status is seen; killed at the end.
+
+    Standard error of all goes to `log`.
+    """
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
+    place["LOCAL_WORLD_SIZE"] = str(count)
+    with log.open("w") as file:
+        processes = [
+            subprocess.Popen(
+                ["dsmim", *map(str, words)], stderr=file, stdout=subprocess.DEVNULL, cwd=ROOT, start_new_session=True,
+                env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **place, **env),
+            )
+            for rank in range(count)
+        ]  # fmt: skip
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def tensors(value, path=""):
+    """Every tensor of a nested structure, with its path."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from tensors(inner, f"{path}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for number, inner in enumerate(value):
+            yield from tensors(inner, f"{path}/{number}")
+
+
+def assert_same_bytes(one: Path, other: Path) -> None:
+    """Every weight, and the optimizer's state in every rank's file: moments, moving average, counters."""
+    weights = [read_weights(folder) for folder in (one, other)]
+    assert weights[0].keys() == weights[1].keys() and len(weights[0]) > 100
+    for name, value in weights[0].items():
+        assert value.numpy().tobytes() == weights[1][name].numpy().tobytes(), name
+    files = sorted(path.name for path in one.glob("*optim_states.pt"))
+    assert len(files) == 2 and files == sorted(path.name for path in other.glob("*optim_states.pt"))
+    compared = 0
+    for name in files:
+        left, right = (dict(tensors(torch.load(folder / name, weights_only=False))) for folder in (one, other))
+        assert left.keys() == right.keys()
+        for path, value in left.items():
+            assert value.detach().numpy().tobytes() == right[path].detach().numpy().tobytes(), (name, path)
+            compared += value.numel()
+    assert compared > 7_000_000  # weights and two moments of 2.4 M parameters
