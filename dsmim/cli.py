@@ -113,6 +113,9 @@ def _add_train(commands) -> None:
 def _add_evaluate(commands) -> None:
     evaluate = _command(commands, "evaluate", "Measure a checkpoint on data.val, exactly, at any world size", _evaluate)
     evaluate.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory for its newest valid one")
+    evaluate.add_argument(
+        "--ema", action="store_true", help="the moving average of the weights, if optim.ema_decay kept one"
+    )
     evaluate.add_argument("--json", type=Path, help="write the figures there too")
     evaluate.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     _add_overrides(evaluate)
@@ -123,6 +126,9 @@ def _add_export(commands) -> None:
     export.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory for its newest valid one")
     layouts = "timm (default), the network's authors', or ours with all that another run starts from"
     export.add_argument("--to", choices=["timm", "authors", "dsmim"], default="timm", help=f"whose names: {layouts}")
+    export.add_argument(
+        "--ema", action="store_true", help="the moving average of the weights, if optim.ema_decay kept one"
+    )
     export.add_argument("out", type=Path, help="a .safetensors or .pth file")
 
 
@@ -157,7 +163,7 @@ def _evaluate(options) -> None:
     from dsmim.engine.placement import is_first
     from dsmim.evaluate import evaluate
 
-    figures = evaluate(options.checkpoint, options.overrides)
+    figures = evaluate(options.checkpoint, options.overrides, "ema" if options.ema else "fp32")
     if is_first(os.environ):
         print(json.dumps(figures))
         if options.json:
@@ -178,7 +184,7 @@ def _leave(status: int) -> NoReturn:
 def _export(options) -> None:
     from dsmim.export import export
 
-    print(export(options.checkpoint, options.out, options.to))
+    print(export(options.checkpoint, options.out, options.to, "ema" if options.ema else "fp32"))
 
 
 def _recipes(options) -> None:

@@ -11,7 +11,7 @@ import torch
 from dsmim.data.dataset import EvalDataset
 from dsmim.data.from_recipe import open_reader, validation_shards
 from dsmim.data.loader import eval_loader
-from dsmim.engine import checkpoint
+from dsmim.engine import checkpoint, shards
 from dsmim.engine.construct import construct
 from dsmim.engine.interrupt import Interrupt
 from dsmim.engine.runtime import Runtime, joined
@@ -24,8 +24,9 @@ from dsmim.tasks import Task, build_task
 from dsmim.tasks.base import Batch
 
 
-def evaluate(path: Path, overrides: list[str]) -> dict[str, Any]:
+def evaluate(path: Path, overrides: list[str], which: str = "fp32") -> dict[str, Any]:
     """Measure a checkpoint (or a run's newest valid one) on data.val. Every rank calls it; all get the figures.
+    which: its weights, or "ema" for their moving average.
 
     The model is whole on every rank, without DeepSpeed, whatever ZeRO stage wrote the checkpoint. Raises ValueError.
     """
@@ -34,7 +35,7 @@ def evaluate(path: Path, overrides: list[str]) -> dict[str, Any]:
         recipe = runtime.together(lambda: recipe_of(Path(found), overrides))
         task = runtime.together(lambda: build_task(recipe))
         data = open_validation(recipe, task, runtime)
-        state = runtime.together(lambda: weights_for(task, Path(found)) if runtime.is_first else None)
+        state = runtime.together(lambda: weights_for(task, Path(found), which) if runtime.is_first else None)
         construct(task.model, task.fill(state), {}, 0, runtime)
         del state
         runtime.broadcast(task.model)
@@ -49,9 +50,9 @@ def recipe_of(path: Path, overrides: list[str]) -> Recipe:
     return apply_overrides(checkpoint.read_state(path)["recipe"], str(path), overrides)
 
 
-def weights_for(task: Task, found: Path) -> State:
+def weights_for(task: Task, found: Path, which: str = "fp32") -> State:
     """A checkpoint's weights for the task's model; see Task.fill. Raises ValueError when they are another model's."""
-    return complete(task.model, checkpoint.checkpoint_weights(found), str(found))
+    return complete(task.model, shards.weights(found, which), str(found))
 
 
 def open_validation(recipe: Recipe, task: Task, runtime: Runtime) -> EvalDataset:
@@ -73,8 +74,9 @@ def validate(
     loader = eval_loader(data, recipe.batch.eval_batch, runtime.world_size, runtime.rank, workers, pin)
     total, batches = torch.zeros((), dtype=torch.float64, device=runtime.device), iter(loader)
     for number in range(len(loader)):
-        runtime.phase("validation", number)
+        runtime.phase("waiting for validation data, batch", number)
         batch = interrupt.fetch(batches)
+        runtime.phase("validation, batch", number)
         if runtime.any(interrupt.reason is not None)[0]:
             return None
         for fault in batch["undecodable"]:

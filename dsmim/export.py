@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from dsmim.engine import checkpoint
+from dsmim.engine import checkpoint, shards
 from dsmim.models import create_model, layouts, timm_arguments
 from dsmim.models.foreign import PREFIX
 from dsmim.models.swin_v2 import SwinTransformerV2
@@ -28,11 +28,11 @@ SUFFIXES = (".safetensors", ".pth")
 _SETTINGS = ("img_size", "window_size", "pretrained_window_sizes", "extra_norm_every")
 
 
-def export(path: Path, out: Path, layout: str = "timm") -> str:
+def export(path: Path, out: Path, layout: str = "timm", which: str = "fp32") -> str:
     """Write a checkpoint's fp32 weights (or those of a run's newest valid one) in a layout. Gives how to load them.
 
-    `out` says the kind of file: .safetensors, or .pth as torch.save({"model": …}). Raises ValueError when path is no
-    checkpoint, or the network has no such layout.
+    which: "fp32", or "ema" for the moving average; `out` says the kind of file: .safetensors, or .pth as
+    torch.save({"model": …}). Raises ValueError when path is no checkpoint, or the network has no such layout.
     """
     assert layout in LAYOUTS, layout
     if out.suffix not in SUFFIXES:
@@ -40,7 +40,7 @@ def export(path: Path, out: Path, layout: str = "timm") -> str:
     found = checkpoint.locate(path)
     recipe = Recipe.model_validate(checkpoint.read_state(found)["recipe"])
     write = {"timm": _timm, "authors": _authors, "dsmim": _dsmim}[layout]
-    state, metadata, words = write(recipe, checkpoint.checkpoint_weights(found), out)
+    state, metadata, words = write(recipe, shards.weights(found, which), out)
     _save(state, {"format": "pt", **metadata, "source": recipe.name}, out, bare=layout == "authors")
     return words
 

@@ -6,9 +6,10 @@ and going on changes nothing.
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,23 @@ from dsmim.data.dataset import EvalDataset, TarDataset
 from dsmim.data.from_recipe import open_reader, training_shards
 from dsmim.data.index import fingerprint
 from dsmim.data.loader import train_loader
-from dsmim.data.order import accumulation_steps, refit_accumulation, stream_key, training_order
+from dsmim.data.order import stream_key, training_order
+from dsmim.engine import replay
+from dsmim.engine.host import merge
 from dsmim.engine.interrupt import Interrupt
 from dsmim.engine.run_directory import RunDirectory, open_run
 from dsmim.engine.runtime import Runtime, joined
-from dsmim.engine.saving import Saver
-from dsmim.engine.schedule import LearningRate, resolve
+from dsmim.engine.saving import UNIVERSAL, Saver
+from dsmim.engine.scatter import place
+from dsmim.engine.shard_layouts import ORDER
+from dsmim.engine.universal import convert
 from dsmim.engine.watch import Watch
 from dsmim.engine.zero import Engine, StepResult
 from dsmim.evaluate import open_validation, to_device, validate
 from dsmim.log import Clock, Log
 from dsmim.models.weights import State
-from dsmim.recipe import Duration, Recipe
+from dsmim.plan import Plan, plan
+from dsmim.recipe import Recipe
 from dsmim.tasks import Task, build_task
 from dsmim.tasks.base import Batch
 from dsmim.weights_file import warm_start
@@ -42,7 +48,7 @@ def fit(recipe: Recipe, run_dir: Path, fork: bool = False, interrupt: Interrupt 
 
     Every rank calls it. Raises ValueError (Stopped where all ranks know) for what a user can mend, and LostPeer.
     """
-    with joined(recipe.engine.timeout_minutes) as runtime:
+    with joined(recipe.engine.timeout_minutes, recipe.log.low_memory) as runtime:
         return _Training(recipe, run_dir, fork, runtime, interrupt or Interrupt()).run()
 
 
@@ -53,17 +59,6 @@ def training_data(recipe: Recipe, task: Task, runtime: Runtime) -> TarDataset:
     reader = runtime.together(lambda: open_reader(recipe.data, shards, recipe.data.shuffle_window))
     order = runtime.together(lambda: training_order(recipe, shards))
     return TarDataset(reader, order, task.train_sample, task.classes)
-
-
-@dataclass
-class _Cadence:
-    """Every how many steps something happens."""
-
-    every: int
-    total: int
-
-    def __call__(self, done: int) -> bool:
-        return done == self.total or (self.every > 0 and done % self.every == 0)
 
 
 class _Training:
@@ -79,39 +74,40 @@ class _Training:
         self.validation: EvalDataset | None = None
         if recipe.data.val is not None:
             self.validation = open_validation(recipe, self.task, runtime)
-        self.rate: LearningRate = runtime.together(
-            lambda: resolve(recipe.schedule, recipe.optim, recipe.batch.global_batch, self.data.order.epoch_samples)
-        )
         self.fingerprint = fingerprint(self.data.reader.shards)
         self.run_dir: RunDirectory = open_run(run_dir, recipe, self.fingerprint, runtime, fork)
-        self.accumulation: int = runtime.together(self._accumulation)
-        self.log = Log(run_dir, runtime.is_first, self.run_dir.step, self.rate.total, recipe.log.tensorboard)
+        state = self.run_dir.state if self.run_dir.resume_from else None
+        self.plan: Plan = runtime.together(
+            lambda: plan(recipe, self.task, self.data.order.epoch_samples, runtime.world_size, state)
+        )
+        self.log = Log(run_dir, runtime.is_first, self.run_dir.step, self.plan.rate.total, recipe.log.tensorboard)
         for note in self.run_dir.notes:
             self.log.say(note)
         weights = self._read_weights()
         torch.manual_seed(recipe.seed)
         self.engine: Engine = runtime.together(
             lambda: Engine(
-                self.task.model, self.task.layers, recipe, runtime, self.accumulation, self.rate,
+                self.task.model, self.task.layers, recipe, runtime, self.plan.accumulation, self.plan.rate,
                 self.task.fill(weights),
             )
         )  # fmt: skip
         self.watch = Watch(recipe, runtime, self.log.say, self.data.order.epoch_samples)
         self.saver = Saver(
-            self.engine, self.run_dir.checkpoints, recipe.checkpoint, self._steps_to_keep(),
+            self.engine, self.run_dir.checkpoints, recipe.checkpoint, self.plan.keep_every,
             self.run_dir.step if self.run_dir.resume_from else None, runtime, self.log.say,
         )  # fmt: skip
         self.validated: tuple[int, dict[str, float]] | None = None
 
     def run(self) -> bool:
         """Train from where the run stands to its end; False when asked to stop before."""
-        first, total = self._resume(), self.rate.total
-        if self.run_dir.state.get("validation_due") and not self._validate(first):
+        first, total = self._resume(), self.plan.rate.total
+        due = self.validation and self.run_dir.state.get("validation_due")
+        if due and not self._validate(first):
             return self._stop(first, validation_due=True)
         if first >= total:
             self.log.say(f"{self.run_dir.path}: complete at step {first} of {total}")
             return self._close(complete=True)
-        validating, saving, logging = (self._cadence(c) for c in self._cadences())
+        validating, saving, logging = self.plan.validating, self.plan.saving, self.plan.logging
         batches = iter(self._batches(total - first))
         self.log.say(self._headline(first))
         clock = Clock()
@@ -122,8 +118,11 @@ class _Training:
                 return self._stop(step)
             loss, result, bad = self._step(step, micro_batches, clock)
             done = step + 1
+            if step == first:  # from here on nothing is compiled or converted any more
+                self.runtime.wait_at_most(self.recipe.engine.step_timeout_minutes)
             if logging(done):
                 self.log.step(done, self._figures(loss, result, bad, clock))
+                self.log.host(done, merge(self.runtime.gather(self.runtime.host.sample())))
             if self.validation and validating(done) and not self._validate(done):
                 return self._stop(done, validation_due=True)
             if saving(done):
@@ -151,19 +150,19 @@ class _Training:
         self.saver.finish()
         if done > 0 and self.saver.saved != done:
             self._save(done, validation_due)
-        self.log.say(f"stopped at step {done} of {self.rate.total} with everything saved; start again to go on")
+        self.log.say(f"stopped at step {done} of {self.plan.rate.total} with everything saved; start again to go on")
         return self._close(complete=False)
 
     def _fetch(self, step: int, batches: Iterator[Batch], clock: Clock) -> list[Batch] | None:
         """The micro batches of a step, still in host memory; None when asked to stop meanwhile."""
         self.runtime.phase("waiting for data", step)
         with clock.waiting():
-            found = [self.interrupt.fetch(batches) for _ in range(self.accumulation)]
+            found = [self.interrupt.fetch(batches) for _ in range(self.plan.accumulation)]
+        self.runtime.phase("training", step)
         return None if any(batch is None for batch in found) else found
 
     def _step(self, step: int, micro_batches: list[Batch], clock: Clock) -> tuple[float, StepResult, int]:
         """One optimizer step: the global batch's mean loss, what was done, undecodable images so far."""
-        self.runtime.phase("training", step)
         self.engine.train()
         losses = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
         for micro_batch in micro_batches:
@@ -171,14 +170,28 @@ class _Training:
             batch = to_device(micro_batch, self.runtime.device) | {"step": step}
             loss = self.task.training_loss(self.engine, batch)
             self.engine.backward(loss)
-            losses[0] += loss.detach().double() / (self.accumulation * self.runtime.world_size)
+            losses[0] += loss.detach().double() / (self.plan.accumulation * self.runtime.world_size)
         own = float(losses[0])
         total, faults = self.runtime.sum(losses).tolist()
         bad = self.watch.count(int(faults), self.recipe.batch.global_batch)
         result = self.engine.step(step)
         clock.steps += 1
+        if not (math.isfinite(total) and result.applied):
+            self._keep_for_replay(step, micro_batches, own, total, result)
         self.watch.finite(step, total, own, result, [key for batch in micro_batches for key in batch["key"]])
         return total, result, bad
+
+    def _keep_for_replay(self, step: int, micro_batches: list[Batch], own: float, total: float, result: StepResult):
+        """On the ranks whose loss is not finite; on all, when only the gradient is not."""
+        if math.isfinite(own) and not math.isfinite(total):
+            return
+        rank, seed = self.runtime.rank, self.recipe.seed
+        found = replay.write(self.run_dir.path / "replay", step, rank, micro_batches, {
+            "loss": own, "grad_norm": result.grad_norm, "world_size": self.runtime.world_size, "seed": seed,
+            "manual_seed": stream_key(seed, "model", step, rank), "first_position": self._consumed(step),
+            "newest_checkpoint": self.saver.saved, "recipe": self.recipe.model_dump(mode="json"),
+        })  # fmt: skip
+        print(f"rank {rank}: kept for replay: {found}", file=sys.stderr, flush=True)
 
     def _figures(self, loss: float, result: StepResult, bad: int, clock: Clock) -> dict[str, float]:
         speed = clock.read(self.recipe.batch.global_batch)
@@ -201,10 +214,10 @@ class _Training:
             if run.same_shards(runtime.world_size, self.engine.stage):
                 runtime.together(lambda: self.engine.restore(run.resume_from))
             else:
-                from dsmim.engine import universal
-
-                universal.resume(run.resume_from, self.engine, runtime, self.log.say)
-                self.engine.restored()
+                whole = run.checkpoints / UNIVERSAL / run.resume_from.name
+                convert(run.resume_from, whole, runtime, self.log.say)
+                runtime.phase("placing whole parameters", run.step)
+                place(whole, self.engine, runtime)
             self.watch.restore(run.state["watch"])
             self.log.say(f"resumed from {run.resume_from}")
         return run.step
@@ -218,7 +231,8 @@ class _Training:
             "data_fingerprint": self.fingerprint,
             "world_size": self.runtime.world_size,
             "zero_stage": self.engine.stage,
-            "micro_batch": self._micro_batch(),
+            "micro_batch": self.plan.micro_batch,
+            ORDER: [list(group.names) for group in self.engine.groups],
             "watch": self.watch.state(),
             "validation": self.validated[1] if measured else None,
             "validation_due": validation_due,
@@ -231,7 +245,7 @@ class _Training:
     def _batches(self, steps: int) -> Any:
         runtime, recipe = self.runtime, self.recipe
         return train_loader(
-            self.data, self.run_dir.consumed, steps, recipe.batch.global_batch, self.accumulation,
+            self.data, self.run_dir.consumed, steps, recipe.batch.global_batch, self.plan.accumulation,
             runtime.world_size, runtime.rank, recipe.data.workers, pin=runtime.device.type == "cuda",
         )  # fmt: skip
 
@@ -247,45 +261,12 @@ class _Training:
         self.log.say(f"weights from {settings.weights}: {read[0]}")
         return read[1]
 
-    def _accumulation(self) -> int:
-        """Micro batches per rank and step. A new run's must be as the recipe says; one that goes on keeps its global
-        batch at any number of ranks, by micro batches no larger than they were."""
-        batch, world = self.recipe.batch, self.runtime.world_size
-        if self.run_dir.resume_from is None:
-            steps = accumulation_steps(batch.global_batch, batch.micro_batch, world)
-            self.task.check_micro_batch(batch.global_batch // (world * steps))
-            return steps
-        largest = self.run_dir.state.get("micro_batch", 1) if batch.micro_batch == "auto" else batch.micro_batch
-        return refit_accumulation(batch.global_batch, largest, world, self._accepts)
-
-    def _accepts(self, micro_batch: int) -> bool:
-        try:
-            self.task.check_micro_batch(micro_batch)
-            return True
-        except ValueError:
-            return False
-
-    def _micro_batch(self) -> int:
-        return self.recipe.batch.global_batch // (self.runtime.world_size * self.accumulation)
-
-    def _steps_to_keep(self) -> int:
-        every = self.recipe.checkpoint.keep_every
-        return self._cadence(every).every if every is not None else 0
-
-    def _cadences(self) -> tuple[Duration, ...]:
-        recipe = self.recipe
-        return recipe.validation.every, recipe.checkpoint.every, Duration(steps=recipe.log.every)
-
-    def _cadence(self, every: Duration) -> _Cadence:
-        steps = every.in_steps(self.recipe.batch.global_batch, self.data.order.epoch_samples)
-        return _Cadence(steps, self.rate.total)
-
     def _headline(self, first: int) -> str:
         runtime, engine, order = self.runtime, self.engine, self.data.order
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.task.model.parameters())
         return (
             f"{self.recipe.name}: {parameters / 1e6:.2f} M parameters, ZeRO stage {engine.stage}, {engine.precision}, "
             f"{runtime.world_size} ranks by {runtime.place.launcher} on {runtime.device.type}, "
-            f"{order.samples} samples, batch {self.recipe.batch.global_batch} ({self.accumulation} micro batches per "
-            f"rank), steps {first} to {self.rate.total}"
+            f"{order.samples} samples, batch {self.recipe.batch.global_batch} ({self.plan.accumulation} micro batches "
+            f"of {self.plan.micro_batch} per rank), steps {first} to {self.plan.rate.total}"
         )

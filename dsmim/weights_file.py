@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from dsmim.engine import checkpoint
+from dsmim.engine import checkpoint, shards
 from dsmim.models import swin_windows
 from dsmim.models.swin_windows import Windows
 from dsmim.models.weights import LoadReport, State, Weights, fit
@@ -50,7 +50,7 @@ def read(path: Path) -> Weights:
 
 def _read_checkpoint(found: Path) -> Weights:
     settings = checkpoint.read_state(found)["recipe"].get("model", {})
-    return Weights(checkpoint.checkpoint_weights(found), str(found), windows=_windows(settings))
+    return Weights(shards.weights(found), str(found), windows=_windows(settings))
 
 
 def _read_safetensors(path: Path) -> Weights:

@@ -11,15 +11,11 @@ and the model's random stream is re-seeded from (seed, step, rank) at every step
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dsmim.engine.runtime import Runtime
 
@@ -114,20 +110,6 @@ def _fault(path: Path, entry: dict[str, Any]) -> str | None:
     if path.stat().st_size != entry["bytes"]:
         return f"{path.name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
     return None if _sha256(path) == entry["sha256"] else f"{path.name} is damaged (its digest differs)"
-
-
-def checkpoint_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """fp32 weights by name of a checkpoint of any ZeRO stage that `locate` gave, whose digests it has compared.
-
-    Needs host memory for the whole model."""
-    if read_state(checkpoint)["zero_stage"] == 0:
-        file = checkpoint / "mp_rank_00_model_states.pt"
-        return {k: v.float() for k, v in torch.load(file, map_location="cpu", weights_only=True)["module"].items()}
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # its progress is no output of ours
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    return {name: tensor.detach() for name, tensor in weights.items()}
 
 
 def _sha256(path: Path) -> str:

@@ -47,7 +47,7 @@ def share_buffers(model: nn.Module, runtime: Runtime) -> None:
                     f"model.name: {name} keeps running statistics (BatchNorm), which would differ from rank to rank; "
                     "take a network with LayerNorm, or train by one rank"
                 )
-    saved = model.state_dict().keys() - dict(model.named_parameters()).keys()
+    saved = model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
     for name in sorted(saved):
         dist.broadcast(model.get_buffer(name), src=0)
 

@@ -41,8 +41,8 @@ class RunDirectory:
         return self.state.get("samples_consumed", 0)
 
     def same_shards(self, world_size: int, stage: int) -> bool:
-        """Whether the checkpoint was cut up for so many ranks at this ZeRO stage."""
-        return (self.state["world_size"], self.state["zero_stage"]) == (world_size, stage)
+        """Whether so many ranks at this ZeRO stage can load the checkpoint as it is. At stage 0 nothing is cut up."""
+        return self.state["zero_stage"] == stage and (stage == 0 or self.state["world_size"] == world_size)
 
 
 def open_run(path: Path, recipe: Recipe, data: str, runtime: Runtime, fork: bool) -> RunDirectory:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -15,16 +16,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dsmim.engine.outcome import Stopped
+from dsmim.engine.heartbeat import Heartbeat, is_lost_peer, set_timeout
+from dsmim.engine.host import HostMonitor
+from dsmim.engine.outcome import LostPeer, Stopped
 from dsmim.engine.placement import Placement, detect
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """One rank of a started process group."""
+    """One rank of a started process group. beat and host: within `joined`."""
 
     place: Placement
     device: torch.device
+    beat: Heartbeat | None = None
+    host: HostMonitor | None = None
 
     @property
     def rank(self) -> int:
@@ -39,7 +44,16 @@ class Runtime:
         return self.rank == 0
 
     def phase(self, name: str, step: int) -> None:
-        """Say what this rank is at, for whoever has to tell why it does not answer."""
+        """Say what this rank begins, for whoever must tell why it does not answer. All ranks do so equally often;
+        before a collective that waits for the slowest of them a phase ends by the next."""
+        if self.beat is not None:
+            self.beat.phase(name, step)
+
+    def wait_at_most(self, minutes: float) -> None:
+        """How long ranks wait for one another from now on."""
+        set_timeout(60 * minutes)
+        if self.beat is not None:
+            self.beat.limit = 60 * minutes
 
     def together(self, action: Callable[[], Any]) -> Any:
         """Run `action` on every rank; if any raises ValueError or OSError, all raise, so that none waits for another.
@@ -110,16 +124,33 @@ def start(timeout_minutes: float = 10) -> Runtime:
 
 
 @contextmanager
-def joined(timeout_minutes: float = 10) -> Iterator[Runtime]:
-    """A started process group, left at the end. After an error that only this rank knows of it is not left in good
-    order: that would wait for ranks that wait for this one; the launcher ends them."""
+def joined(timeout_minutes: float = 10, low_memory: float = 0.05) -> Iterator[Runtime]:
+    """A started process group with its heartbeat, left at the end. After an error that only this rank knows of it is
+    not left in good order: that would wait for ranks that wait for this one; the launcher ends them.
+
+    low_memory: share of a node's memory left at which to warn. Raises LostPeer in place of what a collective raises
+    when another rank does not answer.
+    """
     runtime = start(timeout_minutes)
+    host = HostMonitor(runtime.place, lambda text: print(text, file=sys.stderr, flush=True), low_memory)
+    watch = host.watch if runtime.place.local_rank == 0 else lambda: None
+    beat = Heartbeat(runtime.place, 60 * timeout_minutes, watch)
     try:
-        yield runtime
+        yield replace(runtime, beat=beat, host=host)
     except Stopped:
         stop()
         raise
+    except BaseException as error:
+        if is_lost_peer(error):
+            raise LostPeer(f"rank {runtime.rank}: {_last_words(beat, error)}") from error
+        raise
+    finally:
+        beat.close()
     stop()
+
+
+def _last_words(beat: Heartbeat, error: BaseException) -> str:
+    return f"{beat.diagnose(error)}\n  ({str(error).strip().splitlines()[0]})"
 
 
 def stop() -> None:

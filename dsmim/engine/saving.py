@@ -17,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from dsmim.engine.checkpoint import FORMAT, MANIFEST, STATE, candidates, name_of, read_state, step_of
+from dsmim.engine.outcome import Stopped
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.zero import Engine
 from dsmim.recipe import Checkpoint
+
+UNIVERSAL = "universal"
+"""Folder of converted checkpoints, beside those that they were made of."""
 
 
 @dataclass
@@ -55,7 +59,10 @@ class Saver:
         begun = time.monotonic()
         self.finish()
         partial = self.folder / f".partial_{step:08d}"
-        self.runtime.on_first(lambda: _fresh_folder(partial))
+        try:
+            self.runtime.on_first(lambda: _fresh_folder(partial))
+        except Stopped as error:
+            raise _refused(partial, error) from None
         self.engine.save(partial)
         self._pending = _Pending(step, partial, {"format": FORMAT, "step": step, **state}, begun)
         if not self.settings.background:
@@ -72,9 +79,9 @@ class Saver:
             shares = self.runtime.gather(self.runtime.together(self.engine.writer.entries))
             files = {name: entry for share in shares for name, entry in share.items()}
             self.runtime.on_first(lambda: self._publish(pending, files))
-        except ValueError as error:
+        except Stopped as error:
             self.runtime.on_first(lambda: shutil.rmtree(pending.partial, ignore_errors=True))  # make room
-            raise type(error)(f"{pending.partial}: cannot be written; the last checkpoint stands. {error}") from None
+            raise _refused(pending.partial, error) from None
         self.saved = pending.step
         self.runtime.on_first(self._retain)
         if self.settings.background:
@@ -93,6 +100,7 @@ class Saver:
         _point(self.folder / "latest", final.name)
 
     def _retain(self) -> None:
+        shutil.rmtree(self.folder / UNIVERSAL, ignore_errors=True)  # whoever needed it is beyond it
         found = candidates(self.folder)
         best = best_of(found, self.settings.keep_best.metric, self.settings.keep_best.mode) if self._choosy else None
         for old in found[self.settings.keep :]:
@@ -120,6 +128,13 @@ def _figure(checkpoint: Path, metric: str) -> float | None:
         return (read_state(checkpoint).get("validation") or {}).get(metric)
     except ValueError:
         return None
+
+
+def _refused(partial: Path, error: Stopped) -> Stopped:
+    return Stopped(
+        f"{partial}: the checkpoint cannot be written, and the last one stands: {error}. Make room or mend the "
+        "disk, and start again"
+    )
 
 
 def _remove(checkpoint: Path) -> None:

@@ -13,15 +13,16 @@ from pathlib import Path
 import torch
 import yaml
 
-from dsmim.engine.checkpoint import checkpoint_weights, locate
+from dsmim.engine.checkpoint import locate
 from dsmim.engine.placement import free_port
+from dsmim.engine.shards import weights
 from tests.conftest import ROOT, environment, tiny_recipe
 
 TIMING = ("images_per_second", "data_wait")
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    return checkpoint_weights(locate(path))
+    return weights(locate(path))
 
 
 def write_recipe(folder: Path, shards: Path, **changes) -> Path:
@@ -93,10 +94,10 @@ def tensors(value, path=""):
 
 def assert_same_bytes(one: Path, other: Path) -> None:
     """Every weight, and the optimizer's state in every rank's file: moments, moving average, counters."""
-    weights = [read_weights(folder) for folder in (one, other)]
-    assert weights[0].keys() == weights[1].keys() and len(weights[0]) > 100
-    for name, value in weights[0].items():
-        assert value.numpy().tobytes() == weights[1][name].numpy().tobytes(), name
+    these, those = (read_weights(folder) for folder in (one, other))
+    assert these.keys() == those.keys() and len(these) > 100
+    for name, value in these.items():
+        assert value.numpy().tobytes() == those[name].numpy().tobytes(), name
     files = sorted(path.name for path in one.glob("*optim_states.pt"))
     assert len(files) == 2 and files == sorted(path.name for path in other.glob("*optim_states.pt"))
     compared = 0

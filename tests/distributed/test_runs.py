@@ -1,6 +1,7 @@
 """Whole runs through the command line: bitwise resume, exact evaluation, export, and bad situations."""
 
 import json
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -8,9 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsmim.engine.checkpoint import locate
 from dsmim.engine.placement import free_port
-from tests.conftest import ROOT, dsmim, environment, run, two_ranks
-from tests.distributed.runs import assert_same_bytes, kill_after_checkpoint, metrics, read_weights, write_recipe
+from dsmim.engine.shards import weights
+from tests.conftest import ROOT, dsmim, environment, run, tiny_recipe, two_ranks
+from tests.distributed.runs import (
+    assert_same_bytes,
+    kill_after_checkpoint,
+    metrics,
+    ranks,
+    read_weights,
+    wait_for,
+    write_recipe,
+)
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, shards):
@@ -27,6 +38,36 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, shards):
     assert_same_bytes(*(tmp_path / name / "checkpoints/step_00000006" for name in ("straight", "killed")))
     assert (tmp_path / "killed/checkpoints/latest").read_text() == "step_00000006"
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "killed") and len(metrics(tmp_path / "killed")) == 6 + 2
+
+
+def test_a_run_goes_on_by_other_numbers_of_ranks_and_stages(tmp_path, shards):
+    """2 ranks at ZeRO-3, then 1 at stage 0, then 2 at stage 0, then 4 at stage 2."""
+    model = tiny_recipe(shards)["model"] | {"drop_path_rate": 0.0}  # its masks are drawn per rank
+    recipe = write_recipe(tmp_path, shards, model=model, schedule={"duration": {"steps": 8}, "warmup": {"steps": 1}})
+    command = ("-m", "dsmim", "train", recipe, "optim.ema_decay=0.9", "--run-dir")
+    two_ranks(*command, tmp_path / "straight")
+    run_dir, log = tmp_path / "resized", tmp_path / "log"
+    for count, stage, step in ((2, 3, 2), (1, 0, 4), (2, 0, 6), (4, 2, 8)):
+        words = ("optim.ema_decay=0.9", "--run-dir", run_dir, f"engine.deepspeed=zero{stage}")
+        with ranks(log, count, "train", recipe, *words) as processes:
+            if step < 8:
+                wait_for((run_dir / f"checkpoints/step_{step:08d}").exists, processes[0])
+            else:
+                assert [process.wait(timeout=200) for process in processes] == [0] * count
+        if step < 8:
+            for later in (run_dir / "checkpoints").glob(f"step_{step + 2:08d}"):
+                shutil.rmtree(later)  # it may have come further
+    assert "step_00000006 of 2 ranks at ZeRO stage 0 becomes" in log.read_text()
+    assert "1 micro batches of 2 per rank" in log.read_text()
+    assert not (run_dir / "checkpoints/universal").exists()
+    one, other = metrics(tmp_path / "straight"), metrics(run_dir)
+    assert [line["step"] for line in one] == [line["step"] for line in other]
+    for left, right in zip(one, other, strict=True):
+        assert left == pytest.approx(right, rel=1e-3)  # the gradient's norm; losses are nearer
+        assert left.get("loss", 0) == pytest.approx(right.get("loss", 0), abs=2e-6)
+    for which in ("fp32", "ema"):
+        left, right = (weights(locate(run), which) for run in (tmp_path / "straight", run_dir))
+        assert max((left[name] - right[name]).abs().max() for name in left) < 5e-4
 
 
 @pytest.fixture(scope="module")

@@ -136,7 +136,10 @@ def run_directory(folder: Path, recipe: dict, model: nn.Module) -> Path:
     """A run of dsmim with one checkpoint, as ZeRO stage 0 writes it (tests/distributed has real ones of all stages)."""
     checkpoint = folder / "checkpoints" / "step_00000007"
     checkpoint.mkdir(parents=True)
-    torch.save({"module": model.state_dict()}, checkpoint / "mp_rank_00_model_states.pt")
+    buffers = sorted(model.state_dict().keys() - dict(model.named_parameters()).keys())
+    saved = {"module": model.state_dict(), "buffer_names": buffers, "shared_params": None, "dp_world_size": 1}
+    optimizer = {"state": {}, "param_groups": []}  # one that has not stepped
+    torch.save(saved | {"optimizer": optimizer}, checkpoint / "mp_rank_00_model_states.pt")
     state = {"format": 1, "step": 7, "zero_stage": 0, "recipe": recipe}
     (checkpoint / "state.json").write_text(json.dumps(state))
     files = {

@@ -1,0 +1,79 @@
+"""What a recipe comes to in steps and ranks: micro batches, the learning rate, and how often something happens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dsmim.data.order import accumulation_steps, refit_accumulation
+from dsmim.engine.schedule import LearningRate, resolve
+from dsmim.recipe import Duration, Recipe
+from dsmim.tasks import Task
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """Every how many steps something happens; at the end of `total` it always does."""
+
+    every: int
+    total: int
+
+    def __call__(self, done: int) -> bool:
+        return done == self.total or (self.every > 0 and done % self.every == 0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one session of a run."""
+
+    rate: LearningRate
+    accumulation: int
+    """Micro batches per rank and step."""
+    micro_batch: int
+    """Samples."""
+    validating: Cadence
+    saving: Cadence
+    logging: Cadence
+    keep_every: int
+    """Steps between two checkpoints that stay; 0: none do."""
+
+
+def plan(recipe: Recipe, task: Task, epoch_samples: int, world_size: int, state: dict[str, Any] | None) -> Plan:
+    """state: of the checkpoint that the run goes on from, None for a new run. Raises ValueError."""
+    size = recipe.batch.global_batch
+    rate = resolve(recipe.schedule, recipe.optim, size, epoch_samples)
+
+    def cadence(every: Duration) -> Cadence:
+        return Cadence(every.in_steps(size, epoch_samples), rate.total)
+
+    accumulation = _accumulation(recipe, task, world_size, state)
+    keep_every = recipe.checkpoint.keep_every
+    return Plan(
+        rate,
+        accumulation,
+        size // (world_size * accumulation),
+        cadence(recipe.validation.every),
+        cadence(recipe.checkpoint.every),
+        cadence(Duration(steps=recipe.log.every)),
+        cadence(keep_every).every if keep_every is not None else 0,
+    )
+
+
+def _accumulation(recipe: Recipe, task: Task, world_size: int, state: dict[str, Any] | None) -> int:
+    """A new run's must be as the recipe says; one that goes on keeps its global batch at any number of ranks, by micro
+    batches no larger than they were."""
+    batch = recipe.batch
+    if state is None:
+        steps = accumulation_steps(batch.global_batch, batch.micro_batch, world_size)
+        task.check_micro_batch(batch.global_batch // (world_size * steps))
+        return steps
+    largest = state.get("micro_batch", batch.global_batch) if batch.micro_batch == "auto" else batch.micro_batch
+    return refit_accumulation(batch.global_batch, largest, world_size, lambda size: _accepts(task, size))
+
+
+def _accepts(task: Task, micro_batch: int) -> bool:
+    try:
+        task.check_micro_batch(micro_batch)
+    except ValueError:
+        return False
+    return True
