@@ -44,7 +44,7 @@ def _run(options: argparse.Namespace) -> int:
         return outcome.FAILED
     except outcome.LostPeer as error:
         print(f"dsmim: error: {error}", file=sys.stderr, flush=True)
-        os._exit(outcome.LOST)  # MPI's own end, too, would wait for the lost one
+        os._exit(error.status)  # MPI's own end, too, would wait for the lost one
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

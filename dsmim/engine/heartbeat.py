@@ -49,6 +49,8 @@ class Heartbeat:
                  interval: float = INTERVAL, grace: float = GRACE):  # fmt: skip
         self.limit, self.grace, self.interval = limit_seconds, grace, interval
         self._place, self._every_beat, self._host = place, every_beat, socket.gethostname()
+        self.peer_failed = False
+        """Known after `diagnose`: another rank left by itself, for a reason that it has told."""
         self._state, self._beats, self._moves, self._ended = WORKING, itertools.count(1), 0, threading.Event()
         self.phase(STARTING)
         self._beating = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -127,6 +129,7 @@ class Heartbeat:
         first = board.read()
         time.sleep(2.5 * self.interval)
         second = board.read()
+        self.peer_failed = any(entry is not None and entry.state == ENDED for entry in second)
         self._state = JUDGED
         board.publish(own, self._entry())
         return blame(first, second, own, time.time())

@@ -17,4 +17,8 @@ class Stopped(ValueError):
 
 
 class LostPeer(RuntimeError):
-    """Another rank does not answer any more."""
+    """Another rank does not answer any more. status: what to end with, LOST, or FAILED when that rank has told why."""
+
+    def __init__(self, message: str, status: int = LOST):
+        super().__init__(message)
+        self.status = status

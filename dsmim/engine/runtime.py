@@ -18,7 +18,7 @@ from torch import nn
 
 from dsmim.engine.heartbeat import Heartbeat, is_lost_peer, set_timeout
 from dsmim.engine.host import HostMonitor
-from dsmim.engine.outcome import LostPeer, Stopped
+from dsmim.engine.outcome import FAILED, LOST, LostPeer, Stopped
 from dsmim.engine.placement import Placement, detect
 
 
@@ -142,15 +142,16 @@ def joined(timeout_minutes: float = 10, low_memory: float = 0.05) -> Iterator[Ru
         raise
     except BaseException as error:
         if is_lost_peer(error):
-            raise LostPeer(f"rank {runtime.rank}: {_last_words(beat, error)}") from error
+            raise _lost(runtime, beat, error) from error
         raise
     finally:
         beat.close()
     stop()
 
 
-def _last_words(beat: Heartbeat, error: BaseException) -> str:
-    return f"{beat.diagnose(error)}\n  ({str(error).strip().splitlines()[0]})"
+def _lost(runtime: Runtime, beat: Heartbeat, error: BaseException) -> LostPeer:
+    found, raised = beat.diagnose(error), str(error).strip().splitlines()[0]
+    return LostPeer(f"rank {runtime.rank}: {found}\n  ({raised})", FAILED if beat.peer_failed else LOST)
 
 
 def stop() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsmim.engine import replay
 from dsmim.engine.checkpoint import locate
 from dsmim.engine.placement import free_port
 from dsmim.engine.shards import weights
@@ -236,3 +237,11 @@ def test_a_rate_that_is_too_high_is_not_trained_through(tmp_path, shards):
     for name in ("finite", "inf"):
         logged = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert logged[-1]["step"] < 90  # of 100
+    bundles = sorted((tmp_path / "inf/replay").iterdir())
+    assert len(bundles) == 3  # of more steps than that: disks are finite too
+    (micro_batch,), told = replay.read(bundles[0], rank=0)
+    step = told["step"]
+    assert f"step {step}: loss" in infinite.stderr and f"kept for replay: {bundles[0]}" in infinite.stderr
+    assert micro_batch["key"] == dsmim("samples", recipe, "--steps", f"{step}:{step + 1}").stdout.split()
+    assert micro_batch["image"].dtype == torch.uint8 and micro_batch["image"].shape == (8, 3, 32, 32)
+    assert micro_batch["mask"].dtype == torch.bool and told["recipe"]["optim"]["lr"] == 1e4
