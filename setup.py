@@ -19,7 +19,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dsmim", "dsmim.*"]),
-    package_data={"dsmim": ["recipes/*.yaml", "ds_configs/*.json", "slurm/*.sbatch"]},
+    package_data={
+        "dsmim": ["recipes/*.yaml", "ds_configs/*.json", "slurm/*.sbatch", "slurm/*.sh", "slurm/profiles/*.yaml"]
+    },
     install_requires=[
         "torch>=2.8",
         "torchvision>=0.23",

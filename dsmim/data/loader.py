@@ -83,9 +83,13 @@ def _settle(worker: int) -> None:
     """A worker outlives a request to stop, which Slurm sends to every process of a step: its rank decides when to end.
     And it ends with its rank, however that ends."""
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, _nothing)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _nothing(*_: object) -> None:
+    """Not SIG_IGN, which the commands of pipe: shards would inherit."""
 
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h

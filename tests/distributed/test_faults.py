@@ -1,8 +1,6 @@
 """What machines do to runs: a full disk, a disk that turns read-only, a rank that dies, a rank that stalls."""
 
-import json
 import os
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -13,7 +11,7 @@ import pytest
 from dsmim.engine.checkpoint import check_files
 from dsmim.engine.placement import free_port
 from tests.conftest import ROOT, environment, run
-from tests.distributed.test_runs import write_recipe
+from tests.distributed.runs import write_recipe
 
 OWN_MOUNTS = ("unshare", "--mount") if os.geteuid() == 0 else ("unshare", "--mount", "--map-root-user")
 CAN_MOUNT = subprocess.run([*OWN_MOUNTS, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode == 0
@@ -21,7 +19,7 @@ CAN_MOUNT = subprocess.run([*OWN_MOUNTS, "mount", "-t", "tmpfs", "none", "/mnt"]
 DISK = """
 set -u
 RUN=$1; shift
-mkdir -p $RUN && mount -t tmpfs -o size=60m none $RUN || exit 90   # room for one checkpoint
+mkdir -p $RUN && mount -t tmpfs -o size=45m none $RUN || exit 90   # a checkpoint has 30 MB
 echo == full; "$@"; echo status $?; ls -a $RUN/checkpoints; cp -r $RUN $RUN.full
 mount -o remount,size=500m,ro $RUN || exit 91
 echo == read-only; "$@"; echo status $?; diff -r $RUN $RUN.full && echo untouched
@@ -37,8 +35,9 @@ def test_a_disk_that_is_full_and_then_read_only(tmp_path, shards):
     train = ("torchrun", "--nproc-per-node", 2, "--master-port", free_port(), "-m", "dsmim", "train", recipe)
     done = run(*OWN_MOUNTS, "bash", "-c", f"exec 2>&1\n{DISK}", "bash", run_dir, *train, "--run-dir", run_dir)
     _, full, read_only, mended = done.stdout.split("== ")
-    error = f"dsmim: error: {run_dir}/checkpoints/.partial_00000004: cannot be written; the last checkpoint stands."
-    assert full.count(error) == 1 and "No space left on device" in full and "status 1" in full, full
+    error = f"dsmim: error: {run_dir}/checkpoints/.partial_00000004: the checkpoint cannot be written"
+    assert full.count(error) == full.count("dsmim: error:") == 1, full
+    assert "No space left on device" in full and "status 1" in full, full
     assert _own_traceback(full) == "" and full.rstrip().endswith("step_00000002"), full
     assert check_files(tmp_path / "run.full/checkpoints/step_00000002") is None
     assert read_only.count("dsmim: error:") == 1 and f"Read-only file system: '{run_dir}" in read_only, read_only
@@ -52,60 +51,69 @@ def _own_traceback(said: str) -> str:
     return "".join(line for line in said.splitlines(keepends=True) if f'File "{ROOT}/dsmim' in line)
 
 
-class Launch:
-    """Two ranks under torchrun, in long training."""
+class Job:
+    """Two ranks in long training, under torchrun, or each a process of its own, as srun starts them."""
 
-    def __init__(self, folder: Path, shards: Path):
+    def __init__(self, folder: Path, shards: Path, torchrun: bool):
         folder.mkdir()
-        recipe = write_recipe(folder, shards, schedule={"duration": {"steps": 2000}})
-        self.run_dir, self.log = folder / "run", folder / "log"
-        words = ("-m", "dsmim", "train", recipe, "--run-dir", self.run_dir, "data.val=null", "data.workers=1",
-                 "checkpoint.every.steps=2000", "engine.step_timeout_minutes=0.1")  # fmt: skip
-        command = ("torchrun", "--nproc-per-node", 2, "--master-port", free_port(), *words)
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [str(word) for word in command], cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
-                env=environment(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2"),  # torchrun gives a stopped rank half a minute
-            )  # fmt: skip
+        changes = {"schedule": {"duration": {"steps": 2000}}, "checkpoint": {"every": {"steps": 2000}}}
+        recipe = write_recipe(folder, shards, **changes)
+        self.run_dir, self.log, port = folder / "run", folder / "log", free_port()
+        words = ("train", recipe, "--run-dir", self.run_dir, "data.val=null", "data.workers=1",
+                 "engine.step_timeout_minutes=0.1")  # fmt: skip
+        if torchrun:
+            launcher = ("torchrun", "--nproc-per-node", 2, "--master-port", port, "-m", "dsmim")
+            self.processes = [self._start((*launcher, *words), {})]
+        else:
+            common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+            self.processes = [self._start(("dsmim", *words), common | rank) for rank in ranks]
 
-    def rank_after(self, step: int, rank: int) -> psutil.Process:
-        """The process of a rank, once so many steps are done."""
-        deadline = time.monotonic() + 120
-        while self.step() < step:
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
+    def _start(self, words: tuple, env: dict[str, str]) -> psutil.Popen:
+        with self.log.open("a") as log:
+            return psutil.Popen([str(x) for x in words], cwd=ROOT, stdout=log, stderr=log, env=environment(**env))
+
+    def wait_for_step(self, step: int) -> None:
+        path, deadline = self.run_dir / "metrics.jsonl", time.monotonic() + 120
+        while not path.exists() or f'"step": {step},' not in path.read_text():
+            running = all(process.poll() is None for process in self.processes)
+            assert running and time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.05)
-        children = psutil.Process(self.process.pid).children()
-        return next(child for child in children if child.environ().get("RANK") == str(rank))
 
-    def step(self) -> int:
-        path = self.run_dir / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+    def family(self) -> list[psutil.Process]:
+        return [member for process in self.processes for member in (process, *process.children(recursive=True))]
 
-    def end(self) -> None:
-        for process in [*psutil.Process().children(recursive=True)]:
-            if self.process.pid in (process.pid, process.ppid()):
-                process.kill()
-        self.process.wait()
+
+def end(family: list[psutil.Process]) -> None:
+    for process in family:
+        if process.is_running():
+            process.kill()
 
 
 def test_a_rank_that_dies_and_one_that_stalls_end_their_jobs(tmp_path, shards):
-    launches = {name: Launch(tmp_path / name, shards) for name in ("killed", "stopped")}
+    killed, stopped = Job(tmp_path / "killed", shards, True), Job(tmp_path / "stopped", shards, False)
+    family: list[psutil.Process] = []
     try:
-        family, begun = [], {}
-        for name, launch in launches.items():
-            rank = launch.rank_after(2, 1)
-            family += [rank, *rank.children(recursive=True), *psutil.Process(launch.process.pid).children()]
-            rank.send_signal({"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[name])
-            begun[name] = time.monotonic()
-        # Not answering for 6 s, some seconds to see who does not, and torchrun's for ending the others.
-        for name, limit in (("killed", 25), ("stopped", 35)):
-            assert launches[name].process.wait(begun[name] + limit - time.monotonic()) != 0
-            said = launches[name].log.read_text()
-            assert said.count("dsmim: error: rank 0: rank 1 on") == 1, said
-            assert "gives no sign of life" in said and "last at: " in said and _own_traceback(said) == "", said
-            assert "exitcode  : 70" in said  # of rank 0, as torchrun reports it
-        assert not psutil.wait_procs(family, timeout=10)[1]  # nor is a data worker left behind
+        for job in (killed, stopped):
+            job.wait_for_step(2)
+            family += job.family()
+        victim = next(p for p in killed.processes[0].children() if p.environ().get("RANK") == "1")
+        survivor, stalled = stopped.processes
+        victim.kill()
+        stalled.suspend()
+        begun = time.monotonic()
+        assert killed.processes[0].wait(20) != 0
+        assert "exitcode  : 70" in killed.log.read_text()  # of rank 0, as torchrun reports it
+        # Not answering for 6 s; then it takes some seconds to see who does not.
+        assert survivor.wait(30) == 70 and time.monotonic() - begun > 6
+        for job in (killed, stopped):
+            said = job.log.read_text()
+            assert said.count("dsmim: error:") == said.count("dsmim: error: rank 0: rank 1 on") == 1, said
+            assert "gives no sign of life since" in said and ", last at: training" in said, said
+            assert "It was killed or stopped" in said and _own_traceback(said) == "", said
+        stalled.resume()
+        assert stalled.wait(30) == 70  # nor does it train on alone when it comes back
+        assert "rank 1: rank 0's process, which keeps the rendezvous" in stopped.log.read_text()
+        assert not psutil.wait_procs(family, timeout=10)[1]  # no data worker is left behind
     finally:
-        for launch in launches.values():
-            launch.end()
+        end(family)

@@ -60,8 +60,8 @@ def test_control_groups_of_version_2(tmp_path):
 
 def test_a_container_that_shows_the_hosts_path(tmp_path):
     tell_groups(tmp_path, "4:memory:/docker/1234\n")
-    group(tmp_path / "sys/fs/cgroup/memory", 4096, 96, {}, version=1)
-    assert (memory_limit({}, tmp_path).total, memory_limit({}, tmp_path).left) == (4096, 4000)
+    group(tmp_path / "sys/fs/cgroup/memory", 4096, 3996, {}, version=1)
+    assert (memory_limit({}, tmp_path).total, memory_limit({}, tmp_path).left) == (4096, 100)
 
 
 def test_without_limits_the_machines_memory_counts(tmp_path):
@@ -85,12 +85,12 @@ shared.start()
 monitor = HostMonitor(detect({}), lambda text: print(text, flush=True), low_memory=0.3)
 monitor.watch()
 print("enough")
-more = bytearray(os.urandom(2**20)) * 150
+more = bytearray(os.urandom(2**20)) * 200
 monitor.watch()
 monitor.watch()
 del more
 monitor.watch()
-more = bytearray(os.urandom(2**20)) * 150
+more = bytearray(os.urandom(2**20)) * 200
 monitor.watch()
 shared.terminate()
 """

@@ -1,0 +1,133 @@
+"""What would fail once a job has started, found before it waits in a queue. One process, no GPU, no DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dsmim.data.from_recipe import training_shards, validation_shards
+from dsmim.data.index import ShardIndex, fingerprint
+from dsmim.data.order import accumulation_steps, training_order
+from dsmim.engine import checkpoint
+from dsmim.engine.ds_config import load_ds_config
+from dsmim.plan import plan
+from dsmim.recipe import Recipe
+from dsmim.recipe_errors import RecipeError
+from dsmim.recipe_file import apply_overrides, differences
+from dsmim.tasks import Task, build_task
+from dsmim.weights_file import PICKLED
+
+
+class Findings:
+    """Problems of several checks."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def of(self, check: Callable[..., Any], *arguments: Any) -> Any:
+        """What the check gives; None when it raises what a user can mend, which is noted, once."""
+        try:
+            return check(*arguments)
+        except (ValueError, OSError) as error:
+            said = error.problems if isinstance(error, RecipeError) else [str(error)]
+            self.problems += [problem for problem in said if problem not in self.problems]
+            return None
+
+
+def check_training(recipe: Recipe, world_size: int, run_dir: Path, fork: bool) -> list[str]:
+    """Everything that is known to stop such a run at its start, one line each; empty: nothing."""
+    found = Findings()
+    newest = next(iter(checkpoint.candidates(run_dir / "checkpoints")), None)
+    state = found.of(checkpoint.read_state, newest) if newest else None
+    task, shards = found.of(build_task, recipe), found.of(training_shards, recipe.data)
+    steps = found.of(_check_steps, recipe, task, shards, world_size, state)
+    found.of(_check_deepspeed, recipe, world_size, steps)
+    if recipe.data.val is not None:
+        found.of(validation_shards, recipe.data)
+    found.of(_check_writable, run_dir)
+    if newest is None and recipe.model.weights is not None:
+        found.of(_check_weights, Path(recipe.model.weights))
+    if state is not None and not fork:
+        found.of(_check_same_run, run_dir, state, recipe, shards)
+    return found.problems
+
+
+def check_evaluation(run_dir: Path, overrides: list[str]) -> list[str]:
+    """The same for `dsmim evaluate` of a run directory or a checkpoint."""
+    found = Findings()
+    recipe = found.of(_recipe_of_run, run_dir, overrides)
+    if recipe is not None:
+        found.of(build_task, recipe)
+        found.of(validation_shards, recipe.data)
+    found.of(_check_writable, run_dir)
+    return found.problems
+
+
+def _check_steps(
+    recipe: Recipe, task: Task | None, shards: list[ShardIndex] | None, world_size: int, state: dict[str, Any] | None
+) -> int | None:
+    """Micro batches per rank and step, where that can be told; without a task or shards only the batch is checked."""
+    if task is not None and shards is not None:
+        order = training_order(recipe, shards)
+        return plan(recipe, task, order.epoch_samples, world_size, state).accumulation
+    if state is None:
+        return accumulation_steps(recipe.batch.global_batch, recipe.batch.micro_batch, world_size)
+    return None
+
+
+def _check_deepspeed(recipe: Recipe, world_size: int, steps: int | None) -> None:
+    size = recipe.batch.global_batch
+    owned: dict[str, Any] = {"train_batch_size": size, "gradient_clipping": recipe.optim.clip_grad or 0.0}
+    if steps is not None:
+        owned |= {
+            "gradient_accumulation_steps": steps,
+            "train_micro_batch_size_per_gpu": size // (world_size * steps),
+        }
+    load_ds_config(recipe.engine.deepspeed, owned)
+
+
+def _check_writable(run_dir: Path) -> None:
+    """Try it in the nearest folder that is there: permission bits tell nothing of a read-only or full file system."""
+    there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"\0" * 4096)
+    except OSError as error:
+        raise ValueError(f"{run_dir}: cannot be written ({there}: {error.strerror})") from None
+
+
+def _check_weights(path: Path) -> None:
+    """Whether they are there; the job reads them."""
+    if path.is_dir():
+        if not (path / checkpoint.MANIFEST).is_file() and not (
+            checkpoint.candidates(path / "checkpoints") or checkpoint.candidates(path)
+        ):
+            raise ValueError(f"model.weights: {path} holds no checkpoint")
+    elif not path.is_file():
+        raise ValueError(f"model.weights: {path}: no such file or run directory")
+    elif path.suffix not in (".safetensors", *PICKLED):
+        raise ValueError(f"model.weights: {path} is none of {', '.join(('.safetensors', *PICKLED))}")
+    elif not os.access(path, os.R_OK):
+        raise ValueError(f"model.weights: {path} cannot be read")
+
+
+def _check_same_run(run_dir: Path, state: dict[str, Any], recipe: Recipe, shards: list[ShardIndex] | None) -> None:
+    changes = differences(Recipe.model_validate(state["recipe"]), recipe)
+    if shards is not None and state["data_fingerprint"] != fingerprint(shards):
+        changes.append("data.train: the shards are not those the run was started with")
+    if changes:
+        raise ValueError(
+            f"{run_dir}: the run was started with another recipe ({'; '.join(changes)}); use another "
+            "--run-dir, restore the recipe, or go on with the new one by --fork"
+        )
+
+
+def _recipe_of_run(path: Path, overrides: list[str]) -> Recipe:
+    itself = [path] if (path / checkpoint.STATE).is_file() else []
+    newest = next(iter([*itself, *checkpoint.candidates(path / "checkpoints")]), None)
+    if newest is None:
+        raise ValueError(f"{path}: holds no checkpoint")
+    return apply_overrides(checkpoint.read_state(newest)["recipe"], str(newest), overrides)
