@@ -13,17 +13,19 @@ from typing import Any
 class Log:
     """Writes RUN/metrics.jsonl, RUN/tensorboard and a line to standard error. On other ranks it does nothing.
 
-    step: completed steps that the run goes on from; what an interrupted session logged beyond is taken back, so that
-    the stream of a resumed run has no step twice.
+    step: completed steps that the run goes on from; validation_due: whether those are still to be validated. What an
+    interrupted session logged beyond is taken back, so that the stream of a resumed run has no step twice.
     """
 
-    def __init__(self, folder: Path, active: bool, step: int, total: int, tensorboard: bool):
+    def __init__(
+        self, folder: Path, active: bool, step: int, total: int, tensorboard: bool, validation_due: bool = False
+    ):
         self.active, self.folder, self.total = active, folder, total
         self._clock, self._first = time.monotonic(), step
         self._board = None
         if not active:
             return
-        self._file = _reopen(folder / "metrics.jsonl", step)
+        self._file = _reopen(folder / "metrics.jsonl", step, validation_due)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -114,18 +116,19 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-def _reopen(path: Path, step: int):
-    """The stream opened for appending, without the lines beyond `step`."""
+def _reopen(path: Path, step: int, validation_due: bool):
+    """The stream opened for appending, without the lines beyond `step`; without its validation when that is due."""
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        kept = [line for line in path.read_text().splitlines() if _stays(line, step, validation_due)]
         temporary = path.with_suffix(".partial")
         temporary.write_text("".join(line + "\n" for line in kept))
         temporary.replace(path)
     return path.open("a")
 
 
-def _step_of(line: str) -> float:
+def _stays(line: str, step: int, validation_due: bool) -> bool:
     try:
-        return json.loads(line)["step"]
+        values = json.loads(line)
+        return values["step"] < step or (values["step"] == step and not (validation_due and "val_samples" in values))
     except (ValueError, KeyError):
-        return float("inf")  # the line that a kill cut short
+        return False  # the line that a kill cut short

@@ -80,7 +80,10 @@ class _Training:
         self.plan: Plan = runtime.together(
             lambda: plan(recipe, self.task, self.data.order.epoch_samples, runtime.world_size, state)
         )
-        self.log = Log(run_dir, runtime.is_first, self.run_dir.step, self.plan.rate.total, recipe.log.tensorboard)
+        self.log = Log(
+            run_dir, runtime.is_first, self.run_dir.step, self.plan.rate.total, recipe.log.tensorboard,
+            self.run_dir.validation_due,
+        )  # fmt: skip
         for note in self.run_dir.notes:
             self.log.say(note)
         weights = self._read_weights()
@@ -101,7 +104,7 @@ class _Training:
     def run(self) -> bool:
         """Train from where the run stands to its end; False when asked to stop before."""
         first, total = self._resume(), self.plan.rate.total
-        due = self.validation and self.run_dir.state.get("validation_due")
+        due = self.validation and self.run_dir.validation_due
         if due and not self._validate(first):
             return self._stop(first, validation_due=True)
         if first >= total:

@@ -40,6 +40,11 @@ class RunDirectory:
         """Training samples consumed: the whole state of the data."""
         return self.state.get("samples_consumed", 0)
 
+    @property
+    def validation_due(self) -> bool:
+        """Whether the run was asked to stop while it validated at `step`."""
+        return self.state.get("validation_due", False)
+
     def same_shards(self, world_size: int, stage: int) -> bool:
         """Whether so many ranks at this ZeRO stage can load the checkpoint as it is. At stage 0 nothing is cut up."""
         return self.state["zero_stage"] == stage and (stage == 0 or self.state["world_size"] == world_size)
