@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from dsmim.data.dataset import EvalDataset, TarDataset, collate
+from dsmim.data.forking import ForkContext
 from dsmim.data.order import rank_positions
 
 
@@ -73,7 +74,7 @@ def _loader(dataset: torch.utils.data.Dataset, batches: Sampler, workers: int, p
         collate_fn=collate,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
-        multiprocessing_context="fork" if workers else None,  # the indexes' mappings and the modules are shared
+        multiprocessing_context=ForkContext() if workers else None,  # the indexes' mappings and the modules are shared
         worker_init_fn=_settle,
         generator=torch.Generator(),  # its own: the loader must not draw from the model's random stream
     )

@@ -36,8 +36,11 @@ class Writer(CheckpointEngine):
     def create(self, info: CheckpointCommitInfo) -> None:
         self._files, self.bytes = {}, 0
 
-    def save(self, state_dict: Any, path: str) -> None:
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
         file = Path(path)
+        if optimizer := state_dict.get("optimizer_state_dict"):
+            # An enum, which Python 3.11.2 pickles as a call of getattr, and torch's restricted loader refuses that.
+            optimizer["zero_stage"] = int(optimizer["zero_stage"])
         if self._pool is None:
             self._files[file.name] = done = Future()
             _settle(done, lambda: _write(file, state_dict))
