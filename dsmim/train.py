@@ -94,6 +94,7 @@ class _Training:
                 self.task.fill(weights),
             )
         )  # fmt: skip
+        runtime.wait_at_most(recipe.engine.timeout_minutes)  # in DeepSpeed's own groups too
         self.watch = Watch(recipe, runtime, self.log.say, self.data.order.epoch_samples)
         self.saver = Saver(
             self.engine, self.run_dir.checkpoints, recipe.checkpoint, self.plan.keep_every,

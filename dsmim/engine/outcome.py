@@ -1,7 +1,9 @@
-"""How a run can end, and the exit status that tells a batch script which. Imports nothing, so that errors can be told
-apart before anything heavy is there."""
+"""How a run can end, and the exit status that tells a batch script which. Imports nothing heavy, so that errors can be
+told apart before anything heavy is there."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 COMPLETE = 0
 FAILED = 1
@@ -17,8 +19,12 @@ class Stopped(ValueError):
 
 
 class LostPeer(RuntimeError):
-    """Another rank does not answer any more. status: what to end with, LOST, or FAILED when that rank has told why."""
+    """Another rank does not answer any more.
 
-    def __init__(self, message: str, status: int = LOST):
+    status: what to end with, LOST, or FAILED when that rank has told why; farewell: to be called once this has been
+    told, before the process ends: it waits for others that may still have to learn it.
+    """
+
+    def __init__(self, message: str, status: int = LOST, farewell: Callable[[], None] = lambda: None):
         super().__init__(message)
-        self.status = status
+        self.status, self.farewell = status, farewell

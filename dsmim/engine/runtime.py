@@ -138,20 +138,21 @@ def joined(timeout_minutes: float = 10, low_memory: float = 0.05) -> Iterator[Ru
     try:
         yield replace(runtime, beat=beat, host=host)
     except Stopped:
+        beat.close()
         stop()
         raise
     except BaseException as error:
         if is_lost_peer(error):
             raise _lost(runtime, beat, error) from error
+        beat.close()  # tells the others that this rank left by itself
         raise
-    finally:
-        beat.close()
+    beat.close()
     stop()
 
 
 def _lost(runtime: Runtime, beat: Heartbeat, error: BaseException) -> LostPeer:
     found, raised = beat.diagnose(error), str(error).strip().splitlines()[0]
-    return LostPeer(f"rank {runtime.rank}: {found}\n  ({raised})", FAILED if beat.peer_failed else LOST)
+    return LostPeer(f"rank {runtime.rank}: {found}\n  ({raised})", FAILED if beat.peer_failed else LOST, beat.close)
 
 
 def stop() -> None:
