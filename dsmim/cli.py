@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import sys
+import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,18 +26,23 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # keys are whatever bytes file names were
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="surrogateescape")
-    status = _run(options)
-    if options.run in (_train, _evaluate):
-        _leave(status)
-    return status
+    if options.run not in (_train, _evaluate):
+        return _run(options)
+    try:
+        status = _run(options)
+    except Exception:  # the interpreter's own end would wait for data workers, which only end with this process
+        traceback.print_exc()
+        status = outcome.FAILED
+    _leave(status)
 
 
 def _run(options: argparse.Namespace) -> int:
     try:
         return options.run(options) or outcome.COMPLETE
     except BrokenPipeError:  # `dsmim samples … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return outcome.COMPLETE
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return outcome.FAILED if options.run in (_train, _evaluate) else outcome.COMPLETE
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
@@ -175,10 +182,11 @@ def _leave(status: int) -> NoReturn:
     """End a rank here, its work done and its process group left, instead of in the interpreter's own shutdown: there a
     data worker in the middle of a download would be waited for, and torch aborts now and then (a thread that nobody
     joined), so that a finished job would count as failed."""
-    if "mpi4py.MPI" in sys.modules:
-        sys.modules["mpi4py.MPI"].Finalize()  # mpirun takes a rank that skips it for a failed one
+    if "mpi4py.MPI" in sys.modules and status != outcome.FAILED:
+        sys.modules["mpi4py.MPI"].Finalize()  # mpirun takes a rank that skips it for a failed one, and ends the others
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with suppress(OSError):
+            stream.flush()
     os._exit(status)
 
 

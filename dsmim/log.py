@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +55,16 @@ class Log:
     def host(self, step: int, values: dict[str, Any]) -> None:
         """Figures of the machines, which no two runs share: into a stream of their own, RUN/host.jsonl."""
         if self.active:
-            with (self.folder / "host.jsonl").open("a") as file:
+            path = self.folder / "host.jsonl"
+            with _named(path), path.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
             self._chart(step, values, "host")
 
     def sync(self) -> None:
         """Bring the stream to disk: a checkpoint must not outlive the lines before it."""
         if self.active:
-            os.fsync(self._file.fileno())
+            with _named(self._file.name):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self.active:
@@ -71,8 +75,9 @@ class Log:
     def _write(self, step: int, values: dict[str, Any], group: str) -> None:
         if not self.active:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with _named(self._file.name):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         self._chart(step, values, group)
 
     def _chart(self, step: int, values: dict[str, Any], group: str) -> None:
@@ -116,12 +121,24 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """A disk's refusal, with the path, which the error of a write does not have."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror}); the last checkpoint stands") from None
+
+
 def _reopen(path: Path, step: int, validation_due: bool):
     """The stream opened for appending, without the lines beyond `step`; without its validation when that is due."""
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if _stays(line, step, validation_due)]
         temporary = path.with_suffix(".partial")
-        temporary.write_text("".join(line + "\n" for line in kept))
+        with temporary.open("w") as file:
+            file.write("".join(line + "\n" for line in kept))
+            file.flush()
+            os.fsync(file.fileno())  # or a power loss could empty the stream of a run whose checkpoints stand
         temporary.replace(path)
     return path.open("a")
 

@@ -228,7 +228,7 @@ class Engine(Section):
     timeout_minutes: Positive = 10
     """How long a rank waits for another before the job ends with an error, until the first step is done."""
     step_timeout_minutes: Positive = 5
-    """The same from then on, when nothing is compiled, converted or read for the first time any more."""
+    """The same in training from then on. Validation and saving keep the longer time."""
 
 
 class Validation(Section):

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dsmim.data.order import stream_key, training_order
 from dsmim.engine import replay
 from dsmim.engine.host import merge
 from dsmim.engine.interrupt import Interrupt
+from dsmim.engine.outcome import Stopped
 from dsmim.engine.run_directory import RunDirectory, open_run
 from dsmim.engine.runtime import Runtime, joined
 from dsmim.engine.saving import UNIVERSAL, Saver
@@ -49,7 +51,12 @@ def fit(recipe: Recipe, run_dir: Path, fork: bool = False, interrupt: Interrupt 
     Every rank calls it. Raises ValueError (Stopped where all ranks know) for what a user can mend, and LostPeer.
     """
     with joined(recipe.engine.timeout_minutes, recipe.log.low_memory) as runtime:
-        return _Training(recipe, run_dir, fork, runtime, interrupt or Interrupt()).run()
+        training = _Training(recipe, run_dir, fork, runtime, interrupt or Interrupt())
+        try:
+            return training.run()
+        except Stopped:
+            training.saver.finish()  # what is being written may be the newest good checkpoint
+            raise
 
 
 def training_data(recipe: Recipe, task: Task, runtime: Runtime) -> TarDataset:
@@ -66,8 +73,8 @@ class _Training:
 
     def __init__(self, recipe: Recipe, run_dir: Path, fork: bool, runtime: Runtime, interrupt: Interrupt):
         self.recipe, self.runtime, self.interrupt = recipe, runtime, interrupt
-        if runtime.is_first:
-            interrupt.stop_before(end_of_job(os.environ), recipe.checkpoint.before_end_minutes)
+        end = runtime.on_first(lambda: end_of_job(os.environ))
+        interrupt.stop_before(end, recipe.checkpoint.before_end_minutes)  # each rank may be waiting for data by then
         torch.manual_seed(recipe.seed)  # networks of timm are initialised here, ours when the engine takes them
         self.task = runtime.together(lambda: build_task(recipe))
         self.data = training_data(recipe, self.task, runtime)
@@ -122,11 +129,10 @@ class _Training:
                 return self._stop(step)
             loss, result, bad = self._step(step, micro_batches, clock)
             done = step + 1
-            if step == first:  # from here on nothing is compiled or converted any more
-                self.runtime.wait_at_most(self.recipe.engine.step_timeout_minutes)
+            if step == first:
+                self._hurry()
             if logging(done):
-                self.log.step(done, self._figures(loss, result, bad, clock))
-                self.log.host(done, merge(self.runtime.gather(self.runtime.host.sample())))
+                self._log(done, self._figures(loss, result, bad, clock))
             if self.validation and validating(done) and not self._validate(done):
                 return self._stop(done, validation_due=True)
             if saving(done):
@@ -134,6 +140,23 @@ class _Training:
             if logging(done) or validating(done) or saving(done):
                 clock.restart()  # so that neither validation nor saving counts as training time
         return self._close(complete=True)
+
+    def _hurry(self) -> None:
+        """From a first step on, training waits less long; validation, which compiles for itself, and saving do not."""
+        self.runtime.wait_at_most(self.recipe.engine.step_timeout_minutes)
+
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        times = self.recipe.engine
+        self.runtime.wait_at_most(max(times.timeout_minutes, times.step_timeout_minutes))
+        yield
+        self._hurry()
+
+    def _log(self, done: int, figures: dict[str, float]) -> None:
+        """Collective: a disk that refuses the log stops all ranks."""
+        host = merge(self.runtime.gather(self.runtime.host.sample()))
+        self.runtime.together(lambda: self.log.step(done, figures))
+        self.runtime.together(lambda: self.log.host(done, host))
 
     def _close(self, complete: bool) -> bool:
         self.saver.finish()
@@ -151,7 +174,8 @@ class _Training:
     def _stop(self, done: int, validation_due: bool = False) -> bool:
         """Leave the run so that it can go on from `done` completed steps."""
         self.log.say(f"asked to stop: {self.interrupt.reason or 'another rank was'}")
-        self.saver.finish()
+        with self._patience():
+            self.saver.finish()
         if done > 0 and self.saver.saved != done:
             self._save(done, validation_due)
         self.log.say(f"stopped at step {done} of {self.plan.rate.total} with everything saved; start again to go on")
@@ -203,11 +227,12 @@ class _Training:
 
     def _validate(self, done: int) -> bool:
         """Measure and log; False when asked to stop before the set's end."""
-        figures = validate(self.engine, self.task, self.validation, self.recipe, self.runtime, self.interrupt)
+        with self._patience():
+            figures = validate(self.engine, self.task, self.validation, self.recipe, self.runtime, self.interrupt)
         if figures is None:
             return False
         self.validated = (done, figures)
-        self.log.validation(done, figures)
+        self.runtime.together(lambda: self.log.validation(done, figures))
         return True
 
     def _resume(self) -> int:
@@ -228,9 +253,9 @@ class _Training:
 
     def _save(self, done: int, validation_due: bool = False) -> None:
         self.runtime.phase("saving", done)
-        self.log.sync()
+        self.runtime.together(self.log.sync)
         measured = self.validated is not None and self.validated[0] == done
-        self.saver.save(done, {
+        state = {
             "samples_consumed": self._consumed(done),
             "data_fingerprint": self.fingerprint,
             "world_size": self.runtime.world_size,
@@ -241,7 +266,9 @@ class _Training:
             "validation": self.validated[1] if measured else None,
             "validation_due": validation_due,
             "recipe": self.recipe.model_dump(mode="json"),
-        })  # fmt: skip
+        }
+        with self._patience():
+            self.saver.save(done, state)
 
     def _consumed(self, done: int) -> int:
         return self.run_dir.consumed + (done - self.run_dir.step) * self.recipe.batch.global_batch

@@ -23,7 +23,7 @@ from torch.distributed import distributed_c10d
 
 from dsmim.engine.blame import BROKEN, ENDED, JUDGED, WORKING, Entry, blame, whereabouts
 from dsmim.engine.board import Board, agent_keeps_store, store_lost
-from dsmim.engine.outcome import LOST
+from dsmim.engine.outcome import FAILED, LOST
 from dsmim.engine.placement import Placement
 
 INTERVAL = 2.0  # seconds between two beats
@@ -163,7 +163,7 @@ class Heartbeat:
         if self._place.world_size > 1:
             _say(f"{who}: {self.diagnose()}")
         self.close()
-        os._exit(LOST)
+        os._exit(FAILED if self.peer_failed else LOST)
 
 
 def _say(text: str) -> None:

@@ -132,6 +132,7 @@ def joined(timeout_minutes: float = 10, low_memory: float = 0.05) -> Iterator[Ru
     when another rank does not answer.
     """
     runtime = start(timeout_minutes)
+    set_timeout(60 * timeout_minutes)  # on accelerators with some slack, see there
     host = HostMonitor(runtime.place, lambda text: print(text, file=sys.stderr, flush=True), low_memory)
     watch = host.watch if runtime.place.local_rank == 0 else lambda: None
     beat = Heartbeat(runtime.place, 60 * timeout_minutes, watch)

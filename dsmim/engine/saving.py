@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -103,11 +104,11 @@ class Saver:
         shutil.rmtree(self.folder / UNIVERSAL, ignore_errors=True)  # whoever needed it is beyond it
         found = candidates(self.folder)
         best = best_of(found, self.settings.keep_best.metric, self.settings.keep_best.mode) if self._choosy else None
+        if best is not None:
+            _point(self.folder / "best", best.name)
         for old in found[self.settings.keep :]:
             if old != best and not (self.keep_every and step_of(old) % self.keep_every == 0):
                 _remove(old)
-        if best is not None:
-            _point(self.folder / "best", best.name)
 
     @property
     def _choosy(self) -> bool:
@@ -116,9 +117,9 @@ class Saver:
 
 def best_of(checkpoints: list[Path], metric: str, mode: str) -> Path | None:
     """Of checkpoints, newest first, the one whose own validation has the best metric; of equals the oldest. None when
-    none was validated. A checkpoint that cannot be read is no candidate."""
+    none was validated. One that cannot be read, or whose metric is not finite, is no candidate."""
     figures = [(path, _figure(path, metric)) for path in checkpoints]
-    known = [(path, figure) for path, figure in figures if figure is not None]
+    known = [(path, figure) for path, figure in figures if figure is not None and math.isfinite(figure)]
     sign = 1 if mode == "min" else -1
     return min(reversed(known), key=lambda pair: sign * pair[1])[0] if known else None
 
@@ -141,7 +142,7 @@ def _remove(checkpoint: Path) -> None:
     """Under another name first: a removal that is cut short must not leave a damaged checkpoint behind."""
     shutil.rmtree(going := checkpoint.with_name(f".removed_{checkpoint.name}"), ignore_errors=True)
     checkpoint.rename(going)
-    shutil.rmtree(going)
+    shutil.rmtree(going, ignore_errors=True)  # somebody may still read it over NFS; the next save tries again
 
 
 def _fresh_folder(path: Path) -> None:

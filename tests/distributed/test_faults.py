@@ -117,3 +117,16 @@ def test_a_rank_that_dies_and_one_that_stalls_end_their_jobs(tmp_path, shards):
         assert not psutil.wait_procs(family, timeout=10)[1]  # no data worker is left behind
     finally:
         end(family)
+
+
+def test_an_error_that_nobody_expects_ends_its_process_at_once(tmp_path, shards):
+    """Data workers outlive SIGTERM, and the interpreter's own end would wait for them."""
+    recipe = write_recipe(tmp_path, shards)
+    code = (
+        "import sys; from dsmim.engine.zero import Engine; from dsmim.cli import main\n"
+        "Engine.step = lambda *_: 1 / 0\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    words = ("train", recipe, "--run-dir", tmp_path / "run", "data.val=null", "data.workers=2")
+    done = run("python", "-c", code, *words, check=False, timeout=60)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr

@@ -61,3 +61,11 @@ def test_the_writer_digests_what_it_writes_and_keeps_a_refusal(tmp_path, backgro
         signal.signal(signal.SIGXFSZ, handler)
     assert (tmp_path / "two.pt").stat().st_size <= 100_000
     writer.close()
+
+
+def test_a_metric_that_is_not_finite_is_never_the_best(tmp_path):
+    make(tmp_path, 10, loss=float("nan"))
+    make(tmp_path, 20, loss=0.2)
+    make(tmp_path, 30, loss=0.1)
+    assert best_of(candidates(tmp_path), "loss", "min").name == name_of(30)
+    assert best_of(candidates(tmp_path), "loss", "max").name == name_of(20)
