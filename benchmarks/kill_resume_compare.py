@@ -15,7 +15,7 @@ from dsmim.engine.shards import weights
 from dsmim.recipe_file import load_recipe
 from dsmim.samples import sample_keys
 
-TIMED = ("images_per_second", "data_wait")  # of metrics.jsonl; and host_*: memory, open files
+TIMED = ("images_per_second", "data_wait")
 
 
 def differences(peace: Path, killed: Path, recipe: Path) -> Iterator[str]:
@@ -111,15 +111,16 @@ def _bytes(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
 
 
 def _metrics(one: Path, other: Path) -> Iterator[str]:
-    left, right = (_stream(run / "metrics.jsonl") for run in (one, other))
+    left, right = (stream(run / "metrics.jsonl") for run in (one, other))
     if len(left) != len(right):
         yield f"metrics.jsonl: {len(right)} lines instead of {len(left)}"
     yield from (f"metrics.jsonl: {b} instead of {a}" for a, b in zip(left, right, strict=False) if a != b)
 
 
-def _stream(path: Path) -> list[dict[str, Any]]:
+def stream(path: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what no two runs share."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMED and not k.startswith("host_")} for line in lines]
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
 
 
 def _samples(one: Path, other: Path, file: Path) -> Iterator[str]:

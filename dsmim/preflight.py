@@ -12,11 +12,12 @@ from dsmim.data.from_recipe import training_shards, validation_shards
 from dsmim.data.index import ShardIndex, fingerprint
 from dsmim.data.order import accumulation_steps, training_order
 from dsmim.engine import checkpoint
-from dsmim.engine.ds_config import load_ds_config
+from dsmim.engine.ds_config import load_ds_config, owned_keys
+from dsmim.engine.run_directory import changes_of
+from dsmim.evaluate import recipe_of
 from dsmim.plan import plan
 from dsmim.recipe import Recipe
 from dsmim.recipe_errors import RecipeError
-from dsmim.recipe_file import apply_overrides, differences
 from dsmim.tasks import Task, build_task
 from dsmim.weights_file import PICKLED
 
@@ -79,14 +80,7 @@ def _check_steps(
 
 
 def _check_deepspeed(recipe: Recipe, world_size: int, steps: int | None) -> None:
-    size = recipe.batch.global_batch
-    owned: dict[str, Any] = {"train_batch_size": size, "gradient_clipping": recipe.optim.clip_grad or 0.0}
-    if steps is not None:
-        owned |= {
-            "gradient_accumulation_steps": steps,
-            "train_micro_batch_size_per_gpu": size // (world_size * steps),
-        }
-    load_ds_config(recipe.engine.deepspeed, owned)
+    load_ds_config(recipe.engine.deepspeed, owned_keys(recipe, world_size, steps))
 
 
 def _check_writable(run_dir: Path) -> None:
@@ -115,10 +109,8 @@ def _check_weights(path: Path) -> None:
 
 
 def _check_same_run(run_dir: Path, state: dict[str, Any], recipe: Recipe, shards: list[ShardIndex] | None) -> None:
-    changes = differences(Recipe.model_validate(state["recipe"]), recipe)
-    if shards is not None and state["data_fingerprint"] != fingerprint(shards):
-        changes.append("data.train: the shards are not those the run was started with")
-    if changes:
+    data = state["data_fingerprint"] if shards is None else fingerprint(shards)
+    if changes := changes_of(state, recipe, data):
         raise ValueError(
             f"{run_dir}: the run was started with another recipe ({'; '.join(changes)}); use another "
             "--run-dir, restore the recipe, or go on with the new one by --fork"
@@ -130,4 +122,4 @@ def _recipe_of_run(path: Path, overrides: list[str]) -> Recipe:
     newest = next(iter([*itself, *checkpoint.candidates(path / "checkpoints")]), None)
     if newest is None:
         raise ValueError(f"{path}: holds no checkpoint")
-    return apply_overrides(checkpoint.read_state(newest)["recipe"], str(newest), overrides)
+    return recipe_of(newest, overrides)

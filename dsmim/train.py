@@ -10,7 +10,6 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,11 @@ from dsmim.engine import replay
 from dsmim.engine.host import merge
 from dsmim.engine.interrupt import Interrupt
 from dsmim.engine.outcome import Stopped
+from dsmim.engine.restore import restore
 from dsmim.engine.run_directory import RunDirectory, open_run
 from dsmim.engine.runtime import Runtime, joined
-from dsmim.engine.saving import UNIVERSAL, Saver
-from dsmim.engine.scatter import place
+from dsmim.engine.saving import Saver
 from dsmim.engine.shard_layouts import ORDER
-from dsmim.engine.universal import convert
 from dsmim.engine.watch import Watch
 from dsmim.engine.zero import Engine, StepResult
 from dsmim.evaluate import open_validation, to_device, validate
@@ -129,8 +127,8 @@ class _Training:
                 return self._stop(step)
             loss, result, bad = self._step(step, micro_batches, clock)
             done = step + 1
-            if step == first:
-                self._hurry()
+            if step == first:  # validation, which compiles for itself, and saving still may take longer
+                self.runtime.wait_at_most(self.recipe.engine.step_timeout_minutes)
             if logging(done):
                 self._log(done, self._figures(loss, result, bad, clock))
             if self.validation and validating(done) and not self._validate(done):
@@ -141,22 +139,10 @@ class _Training:
                 clock.restart()  # so that neither validation nor saving counts as training time
         return self._close(complete=True)
 
-    def _hurry(self) -> None:
-        """From a first step on, training waits less long; validation, which compiles for itself, and saving do not."""
-        self.runtime.wait_at_most(self.recipe.engine.step_timeout_minutes)
-
-    @contextmanager
-    def _patience(self) -> Iterator[None]:
-        times = self.recipe.engine
-        self.runtime.wait_at_most(max(times.timeout_minutes, times.step_timeout_minutes))
-        yield
-        self._hurry()
-
     def _log(self, done: int, figures: dict[str, float]) -> None:
         """Collective: a disk that refuses the log stops all ranks."""
         host = merge(self.runtime.gather(self.runtime.host.sample()))
-        self.runtime.together(lambda: self.log.step(done, figures))
-        self.runtime.together(lambda: self.log.host(done, host))
+        self.runtime.together(lambda: (self.log.step(done, figures), self.log.host(done, host)))
 
     def _close(self, complete: bool) -> bool:
         self.saver.finish()
@@ -174,8 +160,7 @@ class _Training:
     def _stop(self, done: int, validation_due: bool = False) -> bool:
         """Leave the run so that it can go on from `done` completed steps."""
         self.log.say(f"asked to stop: {self.interrupt.reason or 'another rank was'}")
-        with self._patience():
-            self.saver.finish()
+        self.saver.finish()
         if done > 0 and self.saver.saved != done:
             self._save(done, validation_due)
         self.log.say(f"stopped at step {done} of {self.plan.rate.total} with everything saved; start again to go on")
@@ -227,7 +212,7 @@ class _Training:
 
     def _validate(self, done: int) -> bool:
         """Measure and log; False when asked to stop before the set's end."""
-        with self._patience():
+        with self.runtime.patience():
             figures = validate(self.engine, self.task, self.validation, self.recipe, self.runtime, self.interrupt)
         if figures is None:
             return False
@@ -237,16 +222,9 @@ class _Training:
 
     def _resume(self) -> int:
         """Load the checkpoint that the run goes on from, if there is one. Gives the completed steps."""
-        run, runtime = self.run_dir, self.runtime
+        run = self.run_dir
         if run.resume_from is not None:
-            runtime.phase("resuming", run.step)
-            if run.same_shards(runtime.world_size, self.engine.stage):
-                runtime.together(lambda: self.engine.restore(run.resume_from))
-            else:
-                whole = run.checkpoints / UNIVERSAL / run.resume_from.name
-                convert(run.resume_from, whole, runtime, self.log.say)
-                runtime.phase("placing whole parameters", run.step)
-                place(whole, self.engine, runtime)
+            restore(run, self.engine, self.runtime, self.log.say)
             self.watch.restore(run.state["watch"])
             self.log.say(f"resumed from {run.resume_from}")
         return run.step
@@ -255,7 +233,7 @@ class _Training:
         self.runtime.phase("saving", done)
         self.runtime.together(self.log.sync)
         measured = self.validated is not None and self.validated[0] == done
-        state = {
+        self.saver.save(done, {
             "samples_consumed": self._consumed(done),
             "data_fingerprint": self.fingerprint,
             "world_size": self.runtime.world_size,
@@ -266,9 +244,7 @@ class _Training:
             "validation": self.validated[1] if measured else None,
             "validation_due": validation_due,
             "recipe": self.recipe.model_dump(mode="json"),
-        }
-        with self._patience():
-            self.saver.save(done, state)
+        })  # fmt: skip
 
     def _consumed(self, done: int) -> int:
         return self.run_dir.consumed + (done - self.run_dir.step) * self.recipe.batch.global_batch

@@ -10,13 +10,13 @@ and the model's random stream is re-seeded from (seed, step, rank) at every step
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from dsmim.engine.digest import sha256
 from dsmim.engine.runtime import Runtime
 
 MANIFEST = "manifest.json"
@@ -109,9 +109,4 @@ def _fault(path: Path, entry: dict[str, Any]) -> str | None:
         return f"{path.name} is missing"
     if path.stat().st_size != entry["bytes"]:
         return f"{path.name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-    return None if _sha256(path) == entry["sha256"] else f"{path.name} is damaged (its digest differs)"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return None if sha256(path) == entry["sha256"] else f"{path.name} is damaged (its digest differs)"

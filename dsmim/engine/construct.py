@@ -47,9 +47,14 @@ def share_buffers(model: nn.Module, runtime: Runtime) -> None:
                     f"model.name: {name} keeps running statistics (BatchNorm), which would differ from rank to rank; "
                     "take a network with LayerNorm, or train by one rank"
                 )
-    saved = model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
-    for name in sorted(saved):
-        dist.broadcast(model.get_buffer(name), src=0)
+    for buffer in saved_buffers(model).values():
+        dist.broadcast(buffer, src=0)
+
+
+def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that a state_dict holds, by name, in the order of names."""
+    names = model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
+    return {name: model.get_buffer(name) for name in sorted(names)}
 
 
 class _Parts(nn.Module):

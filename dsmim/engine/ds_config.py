@@ -13,6 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from dsmim.recipe import Recipe
+
 # DeepSpeed 0.19 ignores unknown top-level keys silently; these are the ones it reads (runtime/config.py).
 _KNOWN = """
 train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation
@@ -63,6 +65,18 @@ def load_ds_config(source: str, owned: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("".join([f"{path}:", *(f"\n  {problem}" for problem in problems)]))
     kept = {key: value for key, value in config.items() if value != "auto"}
     return kept | owned | {"steps_per_print": kept.get("steps_per_print", 10**9)}  # dsmim prints its own line
+
+
+def owned_keys(recipe: Recipe, world_size: int, accumulation: int | None) -> dict[str, Any]:
+    """The recipe's values for its own keys of batch and clipping. accumulation: micro batches per rank and step; None:
+    not known."""
+    size = recipe.batch.global_batch
+    # gradient_clipping is always written: DeepSpeed's default is 1.0.
+    owned: dict[str, Any] = {"train_batch_size": size, "gradient_clipping": recipe.optim.clip_grad or 0.0}
+    if accumulation is None:
+        return owned
+    micro = size // (world_size * accumulation)
+    return owned | {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation}
 
 
 def zero_stage(config: dict[str, Any]) -> int:

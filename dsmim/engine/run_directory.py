@@ -61,7 +61,7 @@ def open_run(path: Path, recipe: Recipe, data: str, runtime: Runtime, fork: bool
     run.resume_from, run.notes = checkpoint.find_valid(run.checkpoints, runtime)
     if run.resume_from is not None:
         run.state = runtime.on_first(lambda: checkpoint.read_state(run.resume_from))
-        changes = runtime.together(lambda: _changes(run.state, recipe, data, runtime))
+        changes = runtime.together(lambda: changes_of(run.state, recipe, data))
         if changes and not fork:
             runtime.together(lambda: _refuse(path, changes))
         run.notes += [f"forked: {change}" for change in changes]
@@ -94,7 +94,8 @@ def _take(path: Path) -> TextIO:
     return lock
 
 
-def _changes(state: dict[str, Any], recipe: Recipe, data: str, runtime: Runtime) -> list[str]:
+def changes_of(state: dict[str, Any], recipe: Recipe, data: str) -> list[str]:
+    """What makes another run of that of a checkpoint's state; data: the shards' fingerprint, as in open_run."""
     changes = differences(Recipe.model_validate(state["recipe"]), recipe)
     if state["data_fingerprint"] != data:
         changes.append("data.train: the shards are not those the run was started with")

@@ -28,6 +28,8 @@ class Runtime:
 
     place: Placement
     device: torch.device
+    timeout_minutes: float = 10
+    """How long ranks wait for one another, except in training's steps."""
     beat: Heartbeat | None = None
     host: HostMonitor | None = None
 
@@ -54,6 +56,15 @@ class Runtime:
         set_timeout(60 * minutes)
         if self.beat is not None:
             self.beat.limit = 60 * minutes
+
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """In what takes long, ranks wait for one another as at the start; afterwards as before."""
+        assert self.beat is not None
+        before = self.beat.limit / 60
+        self.wait_at_most(max(before, self.timeout_minutes))
+        yield
+        self.wait_at_most(before)
 
     def together(self, action: Callable[[], Any]) -> Any:
         """Run `action` on every rank; if any raises ValueError or OSError, all raise, so that none waits for another.
@@ -137,7 +148,7 @@ def joined(timeout_minutes: float = 10, low_memory: float = 0.05) -> Iterator[Ru
     watch = host.watch if runtime.place.local_rank == 0 else lambda: None
     beat = Heartbeat(runtime.place, 60 * timeout_minutes, watch)
     try:
-        yield replace(runtime, beat=beat, host=host)
+        yield replace(runtime, timeout_minutes=timeout_minutes, beat=beat, host=host)
     except Stopped:
         beat.close()
         stop()

@@ -6,7 +6,6 @@ published at the step boundary at which every rank has finished writing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmim.engine.checkpoint import FORMAT, MANIFEST, STATE, candidates, name_of, read_state, step_of
+from dsmim.engine.digest import entry_of
 from dsmim.engine.outcome import Stopped
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.zero import Engine
@@ -58,24 +58,31 @@ class Saver:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write the checkpoint of `step` completed steps. Collective. Raises Stopped when a disk refuses."""
         begun = time.monotonic()
+        with self.runtime.patience():
+            self._write(step, state, begun)
+        megabytes, stall = self.engine.writer.bytes / 1e6, time.monotonic() - begun
+        self.say(f"checkpoint {name_of(step)}: {megabytes:.1f} MB of this rank, training stalled {stall:.2f} s")
+
+    def _write(self, step: int, state: dict[str, Any], begun: float) -> None:
         self.finish()
         partial = self.folder / f".partial_{step:08d}"
         try:
-            self.runtime.on_first(lambda: _fresh_folder(partial))
+            self.runtime.on_first(lambda: fresh_folder(partial))
         except Stopped as error:
             raise _refused(partial, error) from None
         self.engine.save(partial)
         self._pending = _Pending(step, partial, {"format": FORMAT, "step": step, **state}, begun)
         if not self.settings.background:
             self.finish()
-        megabytes, stall = self.engine.writer.bytes / 1e6, time.monotonic() - begun
-        self.say(f"checkpoint {name_of(step)}: {megabytes:.1f} MB of this rank, training stalled {stall:.2f} s")
 
     def finish(self) -> None:
         """Wait for what is being written, and publish it. Collective. Raises Stopped when a disk refused."""
         pending, self._pending = self._pending, None
-        if pending is None:
-            return
+        if pending is not None:
+            with self.runtime.patience():
+                self._settle(pending)
+
+    def _settle(self, pending: _Pending) -> None:
         try:
             shares = self.runtime.gather(self.runtime.together(self.engine.writer.entries))
             files = {name: entry for share in shares for name, entry in share.items()}
@@ -91,7 +98,7 @@ class Saver:
     def _publish(self, pending: _Pending, files: dict[str, Any]) -> None:
         final = self.folder / name_of(pending.step)
         _write_text(pending.partial / STATE, json.dumps(pending.state, indent=1) + "\n")
-        files[STATE] = _entry(pending.partial / STATE)
+        files[STATE] = entry_of(pending.partial / STATE)
         _write_text(pending.partial / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
         _fsync(pending.partial)
         if final.exists():  # an older, damaged one of the same step: a valid one would have been resumed from
@@ -145,7 +152,7 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(going, ignore_errors=True)  # somebody may still read it over NFS; the next save tries again
 
 
-def _fresh_folder(path: Path) -> None:
+def fresh_folder(path: Path) -> None:
     """An empty folder; what a killed session left half written or half removed goes."""
     for left in [*path.parent.glob(".partial_*"), *path.parent.glob(".removed_*")]:
         shutil.rmtree(left, ignore_errors=True)
@@ -156,10 +163,6 @@ def _point(pointer: Path, name: str) -> None:
     _write_text(partial := pointer.with_name(f"{pointer.name}.partial"), name)
     partial.replace(pointer)
     _fsync(pointer.parent)
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def _write_text(path: Path, text: str) -> None:

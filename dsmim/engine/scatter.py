@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsmim.engine.construct import saved_buffers
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.universal import checksum, read_manifest, read_module, read_parameter
-from dsmim.engine.zero import Engine, group_members
+from dsmim.engine.zero import Engine, group_members, own_part
 
 Manifest = dict[str, Any]
 
@@ -80,7 +81,10 @@ def _check_fit(universal: Path, manifest: Manifest, engine: Engine) -> None:
     kinds = {
         "parameter that is trained": (_shapes(manifest["parameters"]), {n: shapes[n] for n in shapes if n in trained}),
         "frozen parameter": (manifest["frozen"], {n: shapes[n] for n in shapes if n not in trained}),
-        "buffer": (manifest["buffers"], {name: list(buffer.shape) for name, buffer in _buffers(engine).items()}),
+        "buffer": (
+            manifest["buffers"],
+            {name: list(buffer.shape) for name, buffer in saved_buffers(engine.module).items()},
+        ),
     }
     faults = [fault for kind, (saved, own) in kinds.items() for fault in _differences(kind, saved, own)]
     if faults:
@@ -131,7 +135,7 @@ def _sub_groups(engine: Engine, rank: int) -> Iterable[Flat]:
     for master, members in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
         pieces, at = [], 0
         for p in members:
-            start, numel = _shard(p, rank)
+            start, numel = own_part(p, rank)
             pieces.append(Piece(names[p], at, start, numel))
             at += p.partition_numel()
         assert at == master.numel(), "a sub-group is not its parameters' pieces in a row"
@@ -151,7 +155,7 @@ def _place_all(universal: Path, manifest: Manifest, engine: Engine, flats: list[
         _fill_weights(universal, flat)
         _fill_state(universal, manifest["parameters"], flat, engine.optimizer)
     module = read_module(universal)
-    for name, buffer in _buffers(engine).items():
+    for name, buffer in saved_buffers(engine.module).items():
         buffer.copy_(module[name])
     for name, parameter in engine.module.named_parameters():
         if name in manifest["frozen"]:
@@ -186,7 +190,7 @@ def _step_counter(optimizer: torch.optim.Optimizer, master: torch.Tensor, step: 
 
 def _fill_frozen(parameter: nn.Parameter, value: torch.Tensor, rank: int) -> None:
     if hasattr(parameter, "ds_tensor"):
-        start, numel = _shard(parameter, rank)
+        start, numel = own_part(parameter, rank)
         parameter.ds_tensor.narrow(0, 0, numel).copy_(value.narrow(0, start, numel))
     else:
         parameter.copy_(value.view(parameter.shape))
@@ -233,7 +237,7 @@ def _held(
             yield from ((piece.name, key, _narrow(tensor, piece)) for piece in flat.pieces if key != "step")
     if engine.stage == 3:
         for name, parameter in trained:
-            yield name, "shard", parameter.ds_tensor.narrow(0, 0, _shard(parameter, rank)[1])
+            yield name, "shard", parameter.ds_tensor.narrow(0, 0, own_part(parameter, rank)[1])
 
 
 def _refuse(universal: Path, faults: list[str]) -> None:
@@ -249,22 +253,9 @@ def _narrow(flat: torch.Tensor, piece: Piece) -> torch.Tensor:
     return flat.view(-1).narrow(0, piece.at, piece.numel)
 
 
-def _shard(parameter: nn.Parameter, rank: int) -> tuple[int, int]:
-    """First element and number of elements, without padding, that a rank keeps of a parameter at stage 3."""
-    size = parameter.partition_numel()
-    start = min(rank * size, parameter.ds_numel)
-    return start, min(size, parameter.ds_numel - start)
-
-
 def _shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _shapes(parameters: dict[str, Any]) -> dict[str, list[int]]:
     return {name: entry["shape"] for name, entry in parameters.items()}
-
-
-def _buffers(engine: Engine) -> dict[str, torch.Tensor]:
-    """The module's saved buffers."""
-    names = engine.module.state_dict().keys() - dict(engine.module.named_parameters(remove_duplicate=False)).keys()
-    return {name: engine.module.get_buffer(name) for name in sorted(names)}

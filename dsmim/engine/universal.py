@@ -11,8 +11,6 @@ digests and made again. scatter.py brings it into an engine.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import shutil
 import sys
@@ -24,7 +22,9 @@ import torch
 from tqdm import tqdm
 
 from dsmim.engine.checkpoint import MANIFEST, check_files
+from dsmim.engine.digest import Entry, Hashed, sha256
 from dsmim.engine.runtime import Runtime
+from dsmim.engine.saving import fresh_folder
 from dsmim.engine.shards import Shards
 
 FORMAT = 1
@@ -32,8 +32,8 @@ MODEL = "mp_rank_00_model_states.pt"
 _BAR_EVERY = 10
 """Seconds between two states of the progress bar, which in a batch job's log are lines."""
 
-Files = dict[str, dict[str, Any]]
-"""Name in the folder → bytes, sha256."""
+Files = dict[str, Entry]
+"""By name in the folder."""
 
 
 def convert(checkpoint: Path, out: Path, runtime: Runtime, say: Callable[[str], None]) -> None:
@@ -45,7 +45,7 @@ def convert(checkpoint: Path, out: Path, runtime: Runtime, say: Callable[[str], 
     if _is_made(out, source, runtime, say):
         return
     partial = out.with_name(f".partial_{out.name}")
-    runtime.on_first(lambda: _fresh_folder(partial))
+    runtime.on_first(lambda: fresh_folder(partial))
     shards = runtime.together(lambda: Shards(checkpoint))
     say(f"{checkpoint.name} of {shards.world_size} ranks at ZeRO stage {shards.stage} becomes {out}")
     try:
@@ -90,7 +90,7 @@ def checksum(tensor: torch.Tensor) -> int:
 def _identity(checkpoint: Path) -> str:
     """A checkpoint's manifest holds the digests of all its files: its own digest names the checkpoint."""
     try:
-        return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
+        return sha256(checkpoint / MANIFEST)
     except OSError as error:
         raise ValueError(f"{checkpoint / MANIFEST}: cannot be read ({error.strerror})") from None
 
@@ -158,16 +158,14 @@ class _Files:
         self.written: Files = {}
 
     def write(self, name: str, value: Any) -> None:
-        memory = io.BytesIO()  # torch's writer would hide the disk's error in one of its own
-        torch.save(value, memory)
-        data = memory.getbuffer()
+        path = self.folder / name
         try:
-            path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+            with path.open("wb") as file:
+                torch.save(value, hashed := Hashed(file))
+                self.written[name] = hashed.end(sync=False)
         except OSError as error:
-            raise ValueError(f"{self.folder / name}: cannot be written ({error.strerror})") from None
-        self.written[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _publish(shards: Shards, source: str, shares: list[tuple[dict[str, Any], Files]], partial: Path, out: Path) -> None:
@@ -185,12 +183,6 @@ def _publish(shards: Shards, source: str, shares: list[tuple[dict[str, Any], Fil
     if out.exists():
         shutil.rmtree(out)
     partial.rename(out)
-
-
-def _fresh_folder(path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path)
-    path.mkdir(parents=True)
 
 
 def _read(path: Path) -> Any:

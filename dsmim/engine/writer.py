@@ -5,17 +5,14 @@ Imports DeepSpeed: only after the process group's start.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
-Entry = dict[str, Any]
-"""Of one file: bytes, sha256."""
+from dsmim.engine.digest import Entry, Hashed
 
 
 class Writer(CheckpointEngine):
@@ -71,38 +68,6 @@ class Writer(CheckpointEngine):
             self._pool.shutdown()
 
 
-class _Hashed:
-    """A file that digests what goes through it. What was meant to be written is digested, not what can be read back.
-
-    A refusal is kept for `end`: raised within torch's writer it would come out as a complaint about positions.
-    """
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.digest, self.bytes = file, hashlib.sha256(), 0
-        self.problem: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        if self.problem is None:
-            try:
-                self.file.write(data)
-                self.digest.update(data)
-                self.bytes += len(data)
-            except OSError as error:
-                self.problem = error
-        return len(data)
-
-    def flush(self) -> None:
-        pass
-
-    def end(self) -> Entry:
-        """Bring the file to disk. Raises OSError when it does not go there."""
-        if self.problem is not None:
-            raise self.problem
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        return {"bytes": self.bytes, "sha256": self.digest.hexdigest()}
-
-
 class _Memory:
     """What was written, in pieces: one copy, no growing buffer."""
 
@@ -119,14 +84,14 @@ class _Memory:
 
 def _write(path: Path, state: Any) -> Entry:
     with path.open("wb") as file:
-        hashed = _Hashed(file)
+        hashed = Hashed(file)
         torch.save(state, hashed)
         return hashed.end()
 
 
 def _drain(path: Path, memory: _Memory) -> Entry:
     with path.open("wb") as file:
-        hashed = _Hashed(file)
+        hashed = Hashed(file)
         while memory.pieces:
             hashed.write(memory.pieces.pop(0))  # freed as it goes
         return hashed.end()

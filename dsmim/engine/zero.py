@@ -13,7 +13,7 @@ from torch import nn
 
 from dsmim.engine import ema
 from dsmim.engine.construct import autocast_modules, construct, share_buffers
-from dsmim.engine.ds_config import load_ds_config, zero_stage
+from dsmim.engine.ds_config import load_ds_config, owned_keys, zero_stage
 from dsmim.engine.optim import build_optimizer, parameter_groups
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.schedule import LearningRate
@@ -138,13 +138,7 @@ class Engine:
         return float(torch.nn.utils.get_total_norm(grads))
 
     def _owned(self, recipe: Recipe, model: nn.Module) -> dict[str, Any]:
-        size = recipe.batch.global_batch
-        micro = size // (self.runtime.world_size * self.accumulation)
-        return {
-            "train_batch_size": size,
-            "train_micro_batch_size_per_gpu": micro,
-            "gradient_accumulation_steps": self.accumulation,
-            "gradient_clipping": recipe.optim.clip_grad or 0.0,  # always written: DeepSpeed's default is 1.0
+        return owned_keys(recipe, self.runtime.world_size, self.accumulation) | {
             "torch_autocast": {
                 "enabled": self.precision == "bf16",
                 "dtype": "bfloat16",
@@ -195,11 +189,17 @@ def clear_padding(optimizer: Any, rank: int) -> None:
     for master, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
         begin = 0
         for parameter in group:
-            piece = parameter.ds_tensor.ds_numel
-            own = min(piece, max(0, parameter.ds_numel - rank * piece))
+            piece, (_, own) = parameter.partition_numel(), own_part(parameter, rank)
             if master is not None:
                 master.data[begin + own : begin + piece] = 0
             begin += piece
+
+
+def own_part(parameter: nn.Parameter, rank: int) -> tuple[int, int]:
+    """First element and number of elements, without padding, that a rank keeps of a parameter at stage 3."""
+    size = parameter.partition_numel()
+    start = min(rank * size, parameter.ds_numel)
+    return start, min(size, parameter.ds_numel - start)
 
 
 def group_members(engine: Any, stage: int) -> list[list[str]]:

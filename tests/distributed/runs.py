@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,12 +12,11 @@ from pathlib import Path
 import torch
 import yaml
 
+from benchmarks.kill_resume_compare import leaves, stream
 from dsmim.engine.checkpoint import locate
 from dsmim.engine.placement import free_port
 from dsmim.engine.shards import weights
 from tests.conftest import ROOT, environment, tiny_recipe
-
-TIMING = ("images_per_second", "data_wait")
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -33,8 +31,7 @@ def write_recipe(folder: Path, shards: Path, **changes) -> Path:
 
 def metrics(run_dir: Path) -> list[dict]:
     """The run's stream, without what no two runs share."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
+    return stream(run_dir / "metrics.jsonl")
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 200) -> None:
@@ -80,16 +77,10 @@ def ranks(log: Path, count: int, *words: object, **env: str):
             process.wait()
 
 
-def tensors(value, path=""):
-    """Every tensor of a nested structure, with its path."""
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from tensors(inner, f"{path}/{key}")
-    elif isinstance(value, (list, tuple)):
-        for number, inner in enumerate(value):
-            yield from tensors(inner, f"{path}/{number}")
+def tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a file of DeepSpeed's, with its path."""
+    found = leaves(torch.load(file, weights_only=False))
+    return {path: value for path, value in found if isinstance(value, torch.Tensor)}
 
 
 def assert_same_bytes(one: Path, other: Path) -> None:
@@ -102,7 +93,7 @@ def assert_same_bytes(one: Path, other: Path) -> None:
     assert len(files) == 2 and files == sorted(path.name for path in other.glob("*optim_states.pt"))
     compared = 0
     for name in files:
-        left, right = (dict(tensors(torch.load(folder / name, weights_only=False))) for folder in (one, other))
+        left, right = (tensors(folder / name) for folder in (one, other))
         assert left.keys() == right.keys()
         for path, value in left.items():
             assert value.detach().numpy().tobytes() == right[path].detach().numpy().tobytes(), (name, path)
