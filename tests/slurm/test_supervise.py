@@ -30,7 +30,10 @@ def test_exit_codes_decide(user, command):
     """All jobs at once: a failed task fails the job, a lost rank and an orderly stop requeue it, within limits."""
     cluster = user.cluster
     jobs = {
-        "fails": command("[ $SLURM_PROCID = 0 ] || exit 7; sleep 200"),
+        # Not before the other task runs: one that is only starting may miss the signal, and is killed later (137).
+        "fails": command(
+            "[ $SLURM_PROCID = 0 ] && { touch running; exec sleep 200; }; until [ -e running ]; do sleep 0.1; done; exit 7"
+        ),
         "wrong": command("exit 1", ALONE),
         "stopped": command("exit 75", ALONE),
         "may not": command("exit 75", ALONE, "--no-requeue"),
