@@ -32,7 +32,8 @@ def test_exit_codes_decide(user, command):
     jobs = {
         # Not before the other task runs: one that is only starting may miss the signal, and is killed later (137).
         "fails": command(
-            "[ $SLURM_PROCID = 0 ] && { touch running; exec sleep 200; }; until [ -e running ]; do sleep 0.1; done; exit 7"
+            "[ $SLURM_PROCID = 0 ] && { touch running; exec sleep 200; }\n"
+            "until [ -e running ]; do sleep 0.1; done; exit 7"
         ),
         "wrong": command("exit 1", ALONE),
         "stopped": command("exit 75", ALONE),
