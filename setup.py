@@ -51,5 +51,5 @@ setup(
             "openmpi>=5",
         ],
     },
-    entry_points={"console_scripts": ["dsmim = dsmim.cli:main"]},
+    entry_points={"console_scripts": ["dsmim = dsmim.cli.main:main"]},
 )

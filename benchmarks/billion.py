@@ -23,7 +23,7 @@ import torch
 from memory import PeakMemory
 
 from dsmim.engine.construct import construct
-from dsmim.engine.placement import free_port
+from dsmim.cluster.placement import free_port
 from dsmim.engine.runtime import Runtime, start, stop
 from dsmim.engine.schedule import resolve
 from dsmim.engine.zero import Engine
@@ -31,7 +31,7 @@ from dsmim.evaluate import to_device
 from dsmim.models import create_model
 from dsmim.models.flops import forward_macs
 from dsmim.recipe import Recipe
-from dsmim.recipe_file import parse_recipe
+from dsmim.recipe.reading import parse_recipe
 from dsmim.tasks import Task, build_task
 
 GIB = 2**30

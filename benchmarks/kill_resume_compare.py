@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from dsmim.engine.checkpoint import locate, read_state
-from dsmim.engine.shards import weights
-from dsmim.recipe_file import load_recipe
+from dsmim.checkpoint.reading import locate, read_state
+from dsmim.checkpoint.zero_shards import weights
+from dsmim.recipe.reading import load_recipe
 from dsmim.samples import sample_keys
 
 TIMED = ("images_per_second", "data_wait")

@@ -33,7 +33,7 @@ def noting(training_loss: Callable, file: int) -> Callable:
 
 
 def main() -> int:
-    from dsmim.cli import main as dsmim
+    from dsmim.cli.main import main as dsmim
     from dsmim.tasks.simmim import MaskedImageModelling
 
     file = os.open(os.environ[NOTES], os.O_WRONLY | os.O_APPEND | os.O_CREAT)

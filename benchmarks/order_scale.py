@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from dsmim.data.index import fingerprint, write_sidecar
+from dsmim.shards.index import fingerprint, write_sidecar
 from dsmim.data.order import Order, rank_positions, training_order
 from dsmim.data.reader import ShardReader
-from dsmim.data.shards import open_shards
-from dsmim.data.tar import Sample
+from dsmim.shards.opening import open_shards
+from dsmim.shards.tar import Sample
 
 IMAGE_BYTES = 110_000  # ImageNet's mean, as in reference figures of its 1.3 TB
 IMAGENET_22K = 14_197_122

@@ -22,13 +22,13 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from dsmim.data.dataset import TarDataset
-from dsmim.data.index import ShardIndex
+from dsmim.shards.index import ShardIndex
 from dsmim.data.loader import train_loader
 from dsmim.data.order import Order, stream_key
 from dsmim.data.reader import ShardReader
-from dsmim.data.shard_writer import Writing, build
-from dsmim.data.shards import index_all, open_shards
-from dsmim.data.sources import read_sources
+from dsmim.packing.writer import Writing, build
+from dsmim.shards.opening import index_all, open_shards
+from dsmim.packing.sources import read_sources
 from dsmim.data.streams import own_stream, reseed
 from dsmim.data.transforms import train_transform
 from dsmim.recipe import Recipe

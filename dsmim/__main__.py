@@ -2,6 +2,6 @@
 
 import sys
 
-from dsmim.cli import main
+from dsmim.cli.main import main
 
 sys.exit(main())

@@ -11,15 +11,15 @@ import torch
 from dsmim.data.dataset import EvalDataset
 from dsmim.data.from_recipe import open_reader, validation_shards
 from dsmim.data.loader import eval_loader
-from dsmim.engine import checkpoint, shards
+from dsmim.checkpoint import reading, zero_shards
 from dsmim.engine.construct import construct
-from dsmim.engine.interrupt import Interrupt
+from dsmim.health.interrupt import Interrupt
 from dsmim.engine.runtime import Runtime, joined
 from dsmim.engine.zero import resolve_precision
 from dsmim.models import fix_position_bias
-from dsmim.models.weights import State, complete
+from dsmim.weights.match import State, complete
 from dsmim.recipe import Recipe
-from dsmim.recipe_file import apply_overrides
+from dsmim.recipe.reading import apply_overrides
 from dsmim.tasks import Task, build_task
 from dsmim.tasks.base import Batch
 
@@ -31,7 +31,7 @@ def evaluate(path: Path, overrides: list[str], which: str = "fp32") -> dict[str,
     The model is whole on every rank, without DeepSpeed, whatever ZeRO stage wrote the checkpoint. Raises ValueError.
     """
     with joined() as runtime:
-        found = runtime.on_first(lambda: str(checkpoint.locate(path)))
+        found = runtime.on_first(lambda: str(reading.locate(path)))
         recipe = runtime.together(lambda: recipe_of(Path(found), overrides))
         task = runtime.together(lambda: build_task(recipe))
         data = open_validation(recipe, task, runtime)
@@ -47,12 +47,12 @@ def evaluate(path: Path, overrides: list[str], which: str = "fp32") -> dict[str,
 
 def recipe_of(path: Path, overrides: list[str]) -> Recipe:
     """The recipe a checkpoint was trained with, `key=value` overrides applied."""
-    return apply_overrides(checkpoint.read_state(path)["recipe"], str(path), overrides)
+    return apply_overrides(reading.read_state(path)["recipe"], str(path), overrides)
 
 
 def weights_for(task: Task, found: Path, which: str = "fp32") -> State:
     """A checkpoint's weights for the task's model; see Task.fill. Raises ValueError when they are another model's."""
-    return complete(task.model, shards.weights(found, which), str(found))
+    return complete(task.model, zero_shards.weights(found, which), str(found))
 
 
 def open_validation(recipe: Recipe, task: Task, runtime: Runtime) -> EvalDataset:

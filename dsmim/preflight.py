@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from dsmim.data.from_recipe import training_shards, validation_shards
-from dsmim.data.index import ShardIndex, fingerprint
+from dsmim.shards.index import ShardIndex, fingerprint
 from dsmim.data.order import accumulation_steps, training_order
-from dsmim.engine import checkpoint
+from dsmim.checkpoint import reading
 from dsmim.engine.ds_config import load_ds_config, owned_keys
-from dsmim.engine.run_directory import changes_of
+from dsmim.checkpoint.run_directory import changes_of
 from dsmim.evaluate import recipe_of
 from dsmim.plan import plan
 from dsmim.recipe import Recipe
-from dsmim.recipe_errors import RecipeError
+from dsmim.recipe.errors import RecipeError
 from dsmim.tasks import Task, build_task
-from dsmim.weights_file import PICKLED
+from dsmim.weights.files import PICKLED
 
 
 class Findings:
@@ -41,8 +41,8 @@ class Findings:
 def check_training(recipe: Recipe, world_size: int, run_dir: Path, fork: bool) -> list[str]:
     """Everything that is known to stop such a run at its start, one line each; empty: nothing."""
     found = Findings()
-    newest = next(iter(checkpoint.candidates(run_dir / "checkpoints")), None)
-    state = found.of(checkpoint.read_state, newest) if newest else None
+    newest = next(iter(reading.candidates(run_dir / "checkpoints")), None)
+    state = found.of(reading.read_state, newest) if newest else None
     task, shards = found.of(build_task, recipe), found.of(training_shards, recipe.data)
     steps = found.of(_check_steps, recipe, task, shards, world_size, state)
     found.of(_check_deepspeed, recipe, world_size, steps)
@@ -96,8 +96,8 @@ def _check_writable(run_dir: Path) -> None:
 def _check_weights(path: Path) -> None:
     """Whether they are there; the job reads them."""
     if path.is_dir():
-        if not (path / checkpoint.MANIFEST).is_file() and not (
-            checkpoint.candidates(path / "checkpoints") or checkpoint.candidates(path)
+        if not (path / reading.MANIFEST).is_file() and not (
+            reading.candidates(path / "checkpoints") or reading.candidates(path)
         ):
             raise ValueError(f"model.weights: {path} holds no checkpoint")
     elif not path.is_file():
@@ -118,8 +118,8 @@ def _check_same_run(run_dir: Path, state: dict[str, Any], recipe: Recipe, shards
 
 
 def _recipe_of_run(path: Path, overrides: list[str]) -> Recipe:
-    itself = [path] if (path / checkpoint.STATE).is_file() else []
-    newest = next(iter([*itself, *checkpoint.candidates(path / "checkpoints")]), None)
+    itself = [path] if (path / reading.STATE).is_file() else []
+    newest = next(iter([*itself, *reading.candidates(path / "checkpoints")]), None)
     if newest is None:
         raise ValueError(f"{path}: holds no checkpoint")
     return recipe_of(newest, overrides)

@@ -18,28 +18,28 @@ import torch
 from dsmim.cluster.slurm import end_of_job
 from dsmim.data.dataset import EvalDataset, TarDataset
 from dsmim.data.from_recipe import open_reader, training_shards
-from dsmim.data.index import fingerprint
+from dsmim.shards.index import fingerprint
 from dsmim.data.loader import train_loader
 from dsmim.data.order import stream_key, training_order
-from dsmim.engine import replay
-from dsmim.engine.host import merge
-from dsmim.engine.interrupt import Interrupt
-from dsmim.engine.outcome import Stopped
-from dsmim.engine.restore import restore
-from dsmim.engine.run_directory import RunDirectory, open_run
+from dsmim.health import replay
+from dsmim.health.host import merge
+from dsmim.health.interrupt import Interrupt
+from dsmim.health.outcome import Stopped
+from dsmim.checkpoint.restore import restore
+from dsmim.checkpoint.run_directory import RunDirectory, open_run
 from dsmim.engine.runtime import Runtime, joined
-from dsmim.engine.saving import Saver
-from dsmim.engine.shard_layouts import ORDER
+from dsmim.checkpoint.saving import Saver
+from dsmim.checkpoint.zero_layouts import ORDER
 from dsmim.engine.watch import Watch
 from dsmim.engine.zero import Engine, StepResult
 from dsmim.evaluate import open_validation, to_device, validate
 from dsmim.log import Clock, Log
-from dsmim.models.weights import State
+from dsmim.weights.match import State
 from dsmim.plan import Plan, plan
 from dsmim.recipe import Recipe
 from dsmim.tasks import Task, build_task
 from dsmim.tasks.base import Batch
-from dsmim.weights_file import warm_start
+from dsmim.weights.files import warm_start
 
 
 def fit(recipe: Recipe, run_dir: Path, fork: bool = False, interrupt: Interrupt | None = None) -> bool:

@@ -38,7 +38,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
 
 def make_shards(folder: Path, counts: list[int], name: str = "train", classes: int = 3, side: int = 40) -> list[Path]:
     """Indexed shards of labelled images; keys k00000, k00001, … run through all of them."""
-    from dsmim.data.index import write_index
+    from dsmim.shards.index import write_index
 
     paths, number = [], 0
     for shard, count in enumerate(counts):
@@ -106,6 +106,6 @@ def two_ranks(*words: object, **options):
 
 
 def _port() -> int:
-    from dsmim.engine.placement import free_port
+    from dsmim.cluster.placement import free_port
 
     return free_port()

@@ -79,7 +79,7 @@ def test_library_example():
 
 
 def test_named_files_and_recipes_exist():
-    from dsmim.recipe_file import shipped_recipes
+    from dsmim.recipe.reading import shipped_recipes
 
     for name in re.findall(r"\]\(([\w./]+)\)", TEXT) + re.findall(r"(?:tests|benchmarks)/[\w/]+\.py", MODELS):
         assert (ROOT / name).exists(), name

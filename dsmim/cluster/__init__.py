@@ -1,4 +1,4 @@
-"""What speaks to a scheduler. Imports nothing of dsmim but the words for errors."""
+"""Schedulers and launchers: this process's rank, Slurm scripts, cluster profiles, submission."""
 
 TEMPLATES = ("pretrain", "finetune", "evaluate", "pretrain_deepspeed", "pretrain_mpirun")
 """Those that `dsmim submit` fills in, in slurm/."""

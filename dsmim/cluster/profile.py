@@ -10,7 +10,7 @@ from typing import Annotated
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from dsmim.recipe_errors import explain
+from dsmim.recipe.errors import explain
 
 
 def _one_line(text: str) -> str:

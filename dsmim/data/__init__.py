@@ -1,1 +1,1 @@
-"""Shards, their indexes, the order of samples, and what turns bytes into tensors."""
+"""What a training step reads: the order of samples, their bytes, and the transforms that make tensors of them."""

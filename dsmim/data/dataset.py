@@ -14,7 +14,7 @@ from dsmim.data.decode import Buffer, Undecodable
 from dsmim.data.order import Draw, Order, stream_key
 from dsmim.data.reader import DataError, ShardReader
 from dsmim.data.streams import own_stream, reseed
-from dsmim.data.tar import IMAGE_EXTENSIONS
+from dsmim.shards.tar import IMAGE_EXTENSIONS
 
 STAND_INS = 10  # neighbours tried in place of an undecodable image
 AHEAD = 4  # shards that an evaluation expects while it reads one

@@ -10,7 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as TF
 
-from dsmim.data.pixels import open_rgb
+from dsmim.shards.pixels import open_rgb
 
 MAX_PIXELS = 89_478_485
 """Above it an image counts as a decompression bomb: Pillow's limit, 256 MiB as RGB. A few kilobytes may claim more."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsmim.data.cache import ShardCache
-from dsmim.data.index import ShardIndex
+from dsmim.shards.cache import ShardCache
+from dsmim.shards.index import ShardIndex
 from dsmim.data.reader import ShardReader
-from dsmim.data.remote import is_remote
-from dsmim.data.shards import open_shards
+from dsmim.shards.remote import is_remote
+from dsmim.shards.opening import open_shards
 from dsmim.recipe import Data, required
 
 GB = 10**9

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from dsmim.data.dataset import EvalDataset, TarDataset, collate
-from dsmim.data.forking import ForkContext
+from dsmim.shards.forking import ForkContext
 from dsmim.data.order import rank_positions
 
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from dsmim.data.index import ShardIndex
+from dsmim.shards.index import ShardIndex
 from dsmim.recipe import Recipe
 
 

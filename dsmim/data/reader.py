@@ -8,10 +8,10 @@ import tarfile
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from dsmim.data.cache import ShardCache
-from dsmim.data.index import ShardIndex, Table
-from dsmim.data.remote import is_remote
-from dsmim.data.tar import parse_sample
+from dsmim.shards.cache import ShardCache
+from dsmim.shards.index import ShardIndex, Table
+from dsmim.shards.remote import is_remote
+from dsmim.shards.tar import parse_sample
 
 OPEN_SHARDS = 32  # at least; a window of the order has to fit, and the one that begins while it ends
 

@@ -1,1 +1,1 @@
-"""How a step is computed: the process group, DeepSpeed, the optimizer, the schedule, checkpoints."""
+"""How a step is computed: the process group, DeepSpeed, the optimizer, the learning-rate schedule."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from dsmim.engine.outcome import Stopped
+from dsmim.health.outcome import Stopped
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.zero import StepResult
 from dsmim.recipe import Recipe

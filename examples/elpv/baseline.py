@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from dsmim.data.decode import decode
 from dsmim.data.reader import ShardReader
-from dsmim.data.shards import open_shards
+from dsmim.shards.opening import open_shards
 
 SIDE = 48  # pixels: more do not help so few labels
 

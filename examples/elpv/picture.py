@@ -11,7 +11,7 @@ from torchvision.utils import make_grid
 from dsmim.data.dataset import EvalDataset, collate
 from dsmim.data.from_recipe import open_reader, validation_shards
 from dsmim.data.transforms import normalise
-from dsmim.engine import checkpoint
+from dsmim.checkpoint import reading
 from dsmim.evaluate import recipe_of, weights_for
 from dsmim.models.simmim import sliding_statistics
 from dsmim.tasks import build_task
@@ -27,7 +27,7 @@ def draw(run_dir: Path, out: Path) -> None:
     Where the target is normalised, the prediction is brought back by the mean and deviation of the original's
     windows, as is usual for such pictures. What was not hidden is shown as it was.
     """
-    found = checkpoint.locate(run_dir)
+    found = reading.locate(run_dir)
     task = build_task(recipe := recipe_of(found, []))
     list(task.fill(weights_for(task, found)))
     data = EvalDataset(open_reader(recipe.data, validation_shards(recipe.data), window=1), task.eval_sample, None)

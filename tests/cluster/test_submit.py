@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dsmim.cli import main
+from dsmim.cli.main import main
 from dsmim.cluster import TEMPLATES
 from dsmim.cluster.profile import Profile, load_profile
 from dsmim.cluster.script import Job, render
@@ -115,9 +115,9 @@ def test_a_run_with_another_recipe_needs_fork(home, capsys):
     saved = home / "run/checkpoints/step_00000002"
     saved.mkdir(parents=True)
     from dsmim.data.from_recipe import training_shards
-    from dsmim.data.index import fingerprint
-    from dsmim.engine.checkpoint import FORMAT
-    from dsmim.recipe_file import load_recipe
+    from dsmim.shards.index import fingerprint
+    from dsmim.checkpoint.reading import FORMAT
+    from dsmim.recipe.reading import load_recipe
 
     recipe = load_recipe("r.yaml")
     state = {"format": FORMAT, "recipe": recipe.model_dump(mode="json")}

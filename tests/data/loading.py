@@ -18,7 +18,7 @@ from dsmim.data.loader import train_loader
 from dsmim.data.masking import RandomMask
 from dsmim.data.order import Order
 from dsmim.data.reader import ShardReader
-from dsmim.data.shards import open_shards
+from dsmim.shards.opening import open_shards
 from dsmim.data.transforms import train_transform
 from dsmim.recipe import Augment
 

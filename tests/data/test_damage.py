@@ -14,13 +14,13 @@ from PIL import Image
 
 from dsmim.data.dataset import TarDataset
 from dsmim.data.decode import MAX_PIXELS, Undecodable, decode, image_size
-from dsmim.data.index import write_index
+from dsmim.shards.index import write_index
 from dsmim.data.loader import train_loader
 from dsmim.data.order import Order
 from dsmim.data.reader import DataError, ShardReader
-from dsmim.data.shards import open_shards
+from dsmim.shards.opening import open_shards
 from dsmim.data.transforms import train_transform
-from dsmim.data.verify import verify
+from dsmim.packing.verify import verify
 from dsmim.recipe import Augment
 from tests.conftest import image_bytes, make_shards, write_tar
 

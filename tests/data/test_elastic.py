@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsmim.data.loader import train_loader
-from dsmim.data.shards import open_shards
+from dsmim.shards.opening import open_shards
 from tests.conftest import ROOT, make_shards, run
 from tests.data.loading import dataset, digests, stream
 

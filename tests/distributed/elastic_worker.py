@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsmim.engine.placement import free_port
+from dsmim.cluster.placement import free_port
 from dsmim.engine.runtime import Runtime, start, stop
-from dsmim.engine.scatter import place
+from dsmim.checkpoint.scatter import place
 from dsmim.engine.schedule import resolve
-from dsmim.engine.shard_layouts import ORDER
-from dsmim.engine.universal import convert
+from dsmim.checkpoint.zero_layouts import ORDER
+from dsmim.checkpoint.universal import convert
 from dsmim.engine.zero import Engine
-from dsmim.recipe_file import parse_recipe
+from dsmim.recipe.reading import parse_recipe
 
 WORLDS = (1, 2, 3, 4)
 SAVED_AT, STEPS, BATCH = 3, 6, 12

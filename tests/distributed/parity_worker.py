@@ -15,7 +15,7 @@ from dsmim.engine.runtime import start, stop
 from dsmim.engine.schedule import resolve
 from dsmim.engine.zero import Engine
 from dsmim.recipe import Recipe
-from dsmim.recipe_file import parse_recipe
+from dsmim.recipe.reading import parse_recipe
 from dsmim.tasks import build_task
 
 STEPS, BATCH = 10, 8

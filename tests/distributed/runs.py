@@ -13,9 +13,9 @@ import torch
 import yaml
 
 from benchmarks.kill_resume_compare import leaves, stream
-from dsmim.engine.checkpoint import locate
-from dsmim.engine.placement import free_port
-from dsmim.engine.shards import weights
+from dsmim.checkpoint.reading import locate
+from dsmim.cluster.placement import free_port
+from dsmim.checkpoint.zero_shards import weights
 from tests.conftest import ROOT, environment, tiny_recipe
 
 

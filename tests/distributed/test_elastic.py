@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsmim.engine.shards import Shards, weights
+from dsmim.checkpoint.zero_shards import Shards, weights
 from tests.conftest import ROOT, run
 from tests.distributed.elastic_worker import KEYS, SAVED_AT, STAGES, STEPS, WORLDS, source_name, target
 

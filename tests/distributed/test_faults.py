@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dsmim.engine.checkpoint import check_files
-from dsmim.engine.placement import free_port
+from dsmim.checkpoint.reading import check_files
+from dsmim.cluster.placement import free_port
 from tests.conftest import ROOT, environment, run
 from tests.distributed.runs import write_recipe
 
@@ -123,7 +123,7 @@ def test_an_error_that_nobody_expects_ends_its_process_at_once(tmp_path, shards)
     """Data workers outlive SIGTERM, and the interpreter's own end would wait for them."""
     recipe = write_recipe(tmp_path, shards)
     code = (
-        "import sys; from dsmim.engine.zero import Engine; from dsmim.cli import main\n"
+        "import sys; from dsmim.engine.zero import Engine; from dsmim.cli.main import main\n"
         "Engine.step = lambda *_: 1 / 0\n"
         "sys.exit(main(sys.argv[1:]))"
     )

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsmim.engine import replay
-from dsmim.engine.checkpoint import locate
-from dsmim.engine.placement import free_port
-from dsmim.engine.shards import weights
+from dsmim.health import replay
+from dsmim.checkpoint.reading import locate
+from dsmim.cluster.placement import free_port
+from dsmim.checkpoint.zero_shards import weights
 from tests.conftest import ROOT, dsmim, environment, run, tiny_recipe, two_ranks
 from tests.distributed.runs import (
     assert_same_bytes,
@@ -203,7 +203,7 @@ def test_errors_common_to_all_ranks_are_told_once(tmp_path, shards, override, me
 
 
 def test_undecodable_images_are_named_counted_and_limited(tmp_path):
-    from dsmim.data.index import write_index
+    from dsmim.shards.index import write_index
     from tests.conftest import image_bytes, write_tar
 
     members = [(f"k{i}.png", b"rubbish" if i == 3 else image_bytes(i)) for i in range(10)]

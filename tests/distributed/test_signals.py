@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dsmim.data.index import write_index
+from dsmim.shards.index import write_index
 from tests.conftest import dsmim, make_shards, two_ranks
 from tests.distributed.runs import assert_same_bytes, metrics, ranks, wait_for, write_recipe
 

@@ -9,14 +9,14 @@ import torch
 
 from dsmim.engine.construct import autocast_modules, move_buffers
 from dsmim.engine.optim import build_optimizer, parameter_groups
-from dsmim.engine.outcome import Stopped
-from dsmim.engine.placement import detect, expand_counts
+from dsmim.health.outcome import Stopped
+from dsmim.cluster.placement import detect, expand_counts
 from dsmim.engine.schedule import resolve
 from dsmim.engine.watch import Watch
 from dsmim.engine.zero import StepResult
 from dsmim.models import create_model, layer_ids
 from dsmim.recipe import Duration, Optim, Schedule
-from dsmim.recipe_file import parse_recipe
+from dsmim.recipe.reading import parse_recipe
 from tests.conftest import tiny_recipe
 
 TORCHRUN = dict(RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", MASTER_ADDR="n0", MASTER_PORT="29501", LOCAL_WORLD_SIZE="2")
@@ -179,7 +179,7 @@ def test_modules_that_may_send_bfloat16_are_named_by_their_exact_classes():
     """DeepSpeed compares classes, not subclasses; the position-bias MLP is an fp32 island."""
     named = autocast_modules(create_model("swinv2_nano", "meta", img_size=64, window_size=4))
     assert "torch.nn.modules.linear.Linear" in named and "torch.nn.modules.conv.Conv2d" in named
-    assert "dsmim.models.window_attention._Projection" in named and not any("Exact" in name for name in named)
+    assert "dsmim.models.attention.window._Projection" in named and not any("Exact" in name for name in named)
 
 
 def test_mixing_pairs_neighbours_whatever_the_micro_batch():

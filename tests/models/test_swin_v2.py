@@ -8,8 +8,8 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2 as Timm
 from torch.nn import functional as F
 
 from dsmim.models import Recompute, create_model, fix_position_bias, set_recompute
-from dsmim.models import blockwise_attention as blocks
-from dsmim.models.cosine_attention import attend, blockwise, fused, sequential
+from dsmim.models.attention import blockwise as blocks
+from dsmim.models.attention.cosine import attend, blockwise, fused, sequential
 from dsmim.models.swin_sizes import SIZES
 
 
@@ -153,7 +153,7 @@ def test_fp32_islands_under_bf16():
     """What reaches the scores from scale and bias is computed in fp32, and the result stays close to fp32's."""
     model = awake(create_model("swinv2_nano", img_size=64, window_size=4, num_classes=3))
     images, seen = torch.randn(2, 3, 64, 64), []
-    from dsmim.models import window_attention as module
+    from dsmim.models.attention import window as module
 
     def spy(qkv, window, scale, bias, *rest):
         seen.append((qkv.dtype, scale.dtype, bias.dtype))

@@ -1,0 +1,1 @@
+"""Saving, finding and resuming checkpoints, also at another world size or ZeRO stage."""

@@ -1,0 +1,115 @@
+"""The directory of one run: who holds it, which recipe it follows, where it can go on from."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from dsmim.checkpoint import reading
+from dsmim.engine.runtime import Runtime
+from dsmim.recipe import Recipe
+from dsmim.recipe.reading import differences
+
+
+@dataclass
+class RunDirectory:
+    """An opened run. `resume_from` and `state` are set when there is a valid checkpoint."""
+
+    path: Path
+    resume_from: Path | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """What the user should read: checkpoints passed over, a forked recipe."""
+    lock: TextIO | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def step(self) -> int:
+        """Completed optimizer steps."""
+        return self.state.get("step", 0)
+
+    @property
+    def consumed(self) -> int:
+        """Training samples consumed: the whole state of the data."""
+        return self.state.get("samples_consumed", 0)
+
+    @property
+    def validation_due(self) -> bool:
+        """Whether the run was asked to stop while it validated at `step`."""
+        return self.state.get("validation_due", False)
+
+    def same_shards(self, world_size: int, stage: int) -> bool:
+        """Whether so many ranks at this ZeRO stage can load the checkpoint as it is. At stage 0 nothing is cut up."""
+        return self.state["zero_stage"] == stage and (stage == 0 or self.state["world_size"] == world_size)
+
+
+def open_run(path: Path, recipe: Recipe, data: str, runtime: Runtime, fork: bool) -> RunDirectory:
+    """Take the directory, and find where to go on. Collective; every error reaches all ranks.
+
+    data: fingerprint of the training shards. Raises Stopped when another live run holds the directory, and, unless
+    fork, when the recipe or the data differ from those of the run.
+    """
+    run = RunDirectory(path)
+    run.lock = runtime.together(lambda: _take(path) if runtime.is_first else None)
+    run.resume_from, run.notes = reading.find_valid(run.checkpoints, runtime)
+    if run.resume_from is not None:
+        run.state = runtime.on_first(lambda: reading.read_state(run.resume_from))
+        changes = runtime.together(lambda: changes_of(run.state, recipe, data))
+        if changes and not fork:
+            runtime.together(lambda: _refuse(path, changes))
+        run.notes += [f"forked: {change}" for change in changes]
+    elif run.notes:
+        runtime.together(lambda: _none_left(path, run.notes))
+    runtime.on_first(lambda: reading.set_aside(run.checkpoints, newer_than=run.step))
+    runtime.on_first(lambda: (path / "recipe.yaml").write_text(recipe.to_yaml()))
+    return run
+
+
+def _take(path: Path) -> TextIO:
+    """Hold RUN/lock until this process ends, however it ends: the kernel frees it."""
+    path.mkdir(parents=True, exist_ok=True)
+    lock = (path / "lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise ValueError(f"{path}: another live run holds this directory ({lock.read().strip()})") from None
+    except OSError as error:
+        raise ValueError(
+            f"{path / 'lock'}: this file system refuses locks ({error.strerror}); mount it with them (Lustre: "
+            "-o flock) or put the run directory elsewhere"
+        ) from None
+    os.register_at_fork(after_in_child=lock.close)  # or data workers would hold on to it when this process is killed
+    lock.truncate(0)
+    job = os.environ.get("SLURM_JOB_ID")
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}" + (f", Slurm job {job}" if job else ""))
+    lock.flush()
+    return lock
+
+
+def changes_of(state: dict[str, Any], recipe: Recipe, data: str) -> list[str]:
+    """What makes another run of that of a checkpoint's state; data: the shards' fingerprint, as in open_run."""
+    changes = differences(Recipe.model_validate(state["recipe"]), recipe)
+    if state["data_fingerprint"] != data:
+        changes.append("data.train: the shards are not those the run was started with")
+    return changes
+
+
+def _refuse(path: Path, changes: list[str]) -> None:
+    listed = "".join(f"\n  {change}" for change in changes)
+    raise ValueError(
+        f"{path}: the run was started with another recipe:{listed}\n"
+        "Use another --run-dir, restore the recipe, or go on with the new one by --fork"
+    )
+
+
+def _none_left(path: Path, faults: list[str]) -> None:
+    listed = "".join(f"\n  {fault}" for fault in faults)
+    raise ValueError(f"{path}: no checkpoint is valid:{listed}\nRestore the files, or remove {path} to start anew")

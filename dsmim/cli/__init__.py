@@ -1,0 +1,1 @@
+"""The commands: `dsmim --help`. No heavy package is imported before a command runs."""

@@ -1,0 +1,138 @@
+"""`dsmim shards …`: the commands that make, index, check and draw from shards."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from dsmim.cli.words import command, count, quality, share, splits
+
+
+def add_shards(commands) -> None:
+    """The sub-commands of `dsmim shards`."""
+    shards = commands.add_parser("shards", help="Build, index, verify and draw from WebDataset shards")
+    commands = shards.add_subparsers(required=True, metavar="COMMAND")
+    _add_build(commands)
+    _add_index(commands)
+    _add_verify(commands)
+    _add_subset(commands)
+
+
+def _add_build(commands) -> None:
+    about = "Write shards from an image folder, a CSV/TSV of path,label, or other tars; again: write what is missing"
+    build = command(commands, "build", about, _build)
+    build.add_argument("source", help="a folder of images or of class folders, a table, or tars (quote patterns)")
+    build.add_argument("out", type=Path, help="folder for the shards")
+    build.add_argument("--root", type=Path, help="folder that a table's paths are relative to (default: its own)")
+    build.add_argument("--name", default="data", help="shards are named NAME-000000.tar (default: data)")
+    build.add_argument("--split", type=splits, default={}, metavar="train=0.9,val=0.1", help="shares, one name each")
+    build.add_argument("--per-shard", type=count, default=1000, help="images per shard (default: 1000)")
+    build.add_argument("--short-side", type=count, help="shrink larger images to this short side, in pixels")
+    build.add_argument("--quality", type=quality, default=90, help="of the JPEGs that shrinking writes (default: 90)")
+    build.add_argument("--skip-undecodable", action="store_true", help="leave images out that cannot be decoded")
+    build.add_argument("--keys", type=Path, metavar="LIST", help="only the samples whose keys this file lists")
+    build.add_argument("--without", type=Path, metavar="LIST", help="not the samples whose keys this file lists")
+    build.add_argument("--seed", type=int, default=0, help="of the shuffle before writing (default: 0)")
+    build.add_argument("--no-shuffle", action="store_true", help="keep the source's order, and read it sequentially")
+    build.add_argument("--index-dir", help="where the indexes of source tars lie, if not beside them")
+    _add_workers(build)
+
+
+def _add_index(commands) -> None:
+    index = command(commands, "index", "Index anyone's WebDataset tars, so that they can be trained on", _index)
+    index.add_argument("--force", action="store_true", help="index again what has a valid index")
+    _add_patterns(index)
+
+
+def _add_verify(commands) -> None:
+    verify = command(commands, "verify", "Compare shards with their indexes; tell what is wrong where", _verify)
+    verify.add_argument("--decode", action="store_true", help="decode every image too")
+    verify.add_argument("--report", type=Path, help="JSON lines, one per shard; what it holds is not checked again")
+    _add_patterns(verify)
+
+
+def _add_subset(commands) -> None:
+    about = "Write a list of keys drawn at random (--fraction), or find an existing list's keys in the shards"
+    subset = command(commands, "subset", about, _subset)
+    subset.add_argument("--fraction", type=share, metavar="P", help="draw floor(N x P) samples")
+    subset.add_argument("--seed", type=int, help="of the draw; smaller fractions lie within larger ones (default: 0)")
+    subset.add_argument(
+        "--balanced", action="store_true", help="equally many samples of every class, as far as they reach"
+    )
+    subset.add_argument("shards", nargs="+", help="as data.train names them: tars, folders, globs or brace patterns")
+    subset.add_argument("list", type=Path, help="the list, for data.subset in a recipe")
+    _add_common(subset)
+
+
+def _add_patterns(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", nargs="+", help="tars, folders, globs, brace patterns, http(s):// or s3:// URLs")
+    _add_common(parser)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--index-dir", help="where indexes lie when the shards' folder is read-only or remote")
+    parser.add_argument("--allow-pipe", action="store_true", help="run the commands of pipe: shards")
+    _add_workers(parser)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=count, default=len(os.sched_getaffinity(0)), help="processes")
+
+
+def _build(options) -> None:
+    from dsmim.packing.writer import Writing, build
+    from dsmim.packing.sources import filter_sources, read_sources, split_sources
+    from dsmim.shards.subset import read_list
+
+    sources, classes = read_sources(options.source, options.root, options.index_dir)
+    if options.keys or options.without:
+        lists = (
+            path and [line.partition("\t")[0] for line in read_list(path)] for path in (options.keys, options.without)
+        )
+        sources = filter_sources(sources, *lists)
+    seed = None if options.no_shuffle else options.seed
+    parts = split_sources(sources, options.split or {options.name: 1.0}, seed)
+    writing = Writing(options.per_shard, options.short_side, options.quality, options.skip_undecodable)
+    built = build(parts, options.out, classes, writing, options.workers)
+    for line in built.left_out:
+        print(f"left out: {line}")
+    images, there = sum(index.samples for index in built.shards), len(built.shards) - built.written
+    print(f"{images} images in {len(built.shards)} shards under {options.out}" + (f", {there} kept" if there else ""))
+
+
+def _index(options) -> None:
+    from dsmim.shards.opening import index_all
+
+    indexes = index_all(options.shards, options.index_dir, options.workers, options.force, options.allow_pipe)
+    print(f"{len(indexes)} shards, {sum(index.samples for index in indexes)} samples")
+
+
+def _verify(options) -> int:
+    from dsmim.packing.verify import verify_all
+
+    problems = verify_all(
+        options.shards, options.index_dir, options.workers, options.decode, options.report, options.allow_pipe
+    )
+    for problem in problems:
+        print(problem)
+    print(f"{len(problems)} problems" if problems else "all shards are as indexed")
+    return 1 if problems else 0
+
+
+def _subset(options) -> None:
+    from dsmim.shards.opening import open_shards
+    from dsmim.shards.subset import choose, find, read_list, write_list, write_rows
+
+    if not options.fraction and (options.balanced or options.seed is not None):
+        raise ValueError("--seed and --balanced say how to draw a --fraction; without it the list is only looked up")
+    shards = open_shards(options.shards, options.index_dir, allow_pipe=options.allow_pipe)
+    if options.fraction:
+        if options.list.exists():
+            raise ValueError(f"{options.list}: is there already; remove it, or leave --fraction out to look it up")
+        rows, unique = choose(shards, options.fraction, options.seed or 0, options.balanced, options.workers)
+        write_list(options.list, shards, rows, unique)
+    else:
+        rows = find(shards, read_list(options.list))
+    write_rows(options.list, shards, rows)
+    print(f"{sum(map(len, rows))} of {sum(shard.samples for shard in shards)} samples in {options.list}")

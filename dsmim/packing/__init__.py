@@ -1,0 +1,1 @@
+"""Writing shards from folders, tables and archives of images, and verifying them."""

@@ -1,0 +1,108 @@
+"""`dsmim shards verify`: what is wrong with shards, and where."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dsmim.shards.index import describe, index_file, read_index
+from dsmim.shards.parallel import parallel
+from dsmim.shards.remote import is_remote
+from dsmim.shards.opening import expand, local_copy
+from dsmim.shards.tar import NO_LABEL, Sample, is_image, read_sample
+
+
+def verify_all(
+    patterns: list[str],
+    index_dir: str | None,
+    workers: int,
+    decode_images: bool,
+    report: Path | None = None,
+    allow_pipe: bool = False,
+) -> list[str]:
+    """One line per thing that is wrong, over all shards.
+
+    report: a file of JSON lines, one per shard, written as shards are done. What stands there already is not checked
+    again as long as size and time of shard and index are the same. Raises ValueError when it is no such report.
+    """
+    shards = expand(patterns, allow_pipe=allow_pipe)
+    known = _read_report(report, decode_images) if report and report.exists() else {}
+    known = {tar: line for tar, line in known.items() if line["stamp"] == _stamp(tar, index_dir) and not is_remote(tar)}
+    left = [tar for tar in shards if tar not in known]
+    work = partial(_verify_and_report, index_dir=index_dir, decode_images=decode_images, report=report)
+    found = dict(zip(left, parallel(work, left, workers, "verify"), strict=True))
+    return [line for tar in shards for line in (found[tar] if tar in found else known[tar]["problems"])]
+
+
+def verify(tar: str, index_dir: str | None = None, decode_images: bool = False) -> list[str]:
+    """What is wrong with one shard: tar structure, index, digest, labels, and with decode_images every image."""
+    problems = []
+    try:
+        index = read_index(tar, index_dir)
+    except (ValueError, OSError) as error:
+        index, problems = None, [str(error)]
+    try:
+        with local_copy(tar) as path:
+            samples, _, digest = describe(path, tar)
+            if index and digest != index.sha256:
+                problems.append(f"{tar}: contents differ from what was indexed ({index_file(tar, index_dir)})")
+            problems += _unlabelled(tar, samples)
+            if decode_images:
+                with path.open("rb") as file:
+                    problems += [line for sample in samples for line in _undecodable(tar, file, sample)]
+    except (ValueError, OSError) as error:
+        problems.append(str(error))
+    return problems
+
+
+def _unlabelled(tar: str, samples: list[Sample]) -> list[str]:
+    """Labels that only a part of the samples has; a shard without any is for pre-training."""
+    missing = [sample.key for sample in samples if sample.label == NO_LABEL]
+    if not missing or len(missing) == len(samples):
+        return []
+    return [f"{tar}: {len(missing)} of {len(samples)} samples have no class number (KEY.cls), the first {missing[0]}"]
+
+
+def _undecodable(tar: str, file: Any, sample: Sample) -> list[str]:
+    from dsmim.data.decode import Undecodable, decode  # heavy, and needed only here
+
+    key, members = read_sample(file, sample.offset, sample.length)
+    problems = []
+    for extension, data in members.items():
+        if is_image(extension):
+            try:
+                decode(data)
+            except Undecodable as error:
+                problems.append(f"{tar}: {key}.{extension} cannot be decoded: {error}")
+    return problems
+
+
+def _verify_and_report(tar: str, index_dir: str | None, decode_images: bool, report: Path | None) -> list[str]:
+    stamp = _stamp(tar, index_dir)
+    problems = verify(tar, index_dir, decode_images)
+    if report:
+        line = {"shard": tar, "stamp": stamp, "decoded": decode_images, "problems": problems}
+        with report.open("ab", buffering=0) as file:  # one write a line: those of several processes do not mix
+            file.write(json.dumps(line).encode() + b"\n")
+    return problems
+
+
+def _read_report(report: Path, decode_images: bool) -> dict[str, dict]:
+    """Shard → its line; a check without decoding does not stand for one with it."""
+    whole, _, cut = report.read_bytes().rpartition(b"\n")
+    if cut:  # the command was killed while it wrote
+        report.write_bytes(whole + b"\n" if whole else b"")
+    try:
+        lines = [json.loads(line) for line in whole.splitlines()]
+        return {line["shard"]: line for line in lines if line["decoded"] or not decode_images}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{report}: is no report of dsmim shards verify; name another file") from None
+
+
+def _stamp(tar: str, index_dir: str | None) -> list[int]:
+    """Sizes and times of a shard and its index, as far as they are here (a remote shard is checked every time)."""
+    files = [Path(file) for file in (tar, index_file(tar, index_dir))]
+    stats = [file.stat() for file in files if file.exists()]
+    return [value for stat in stats for value in (stat.st_size, stat.st_mtime_ns)]

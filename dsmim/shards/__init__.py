@@ -1,0 +1,1 @@
+"""Tar shards on disk or on a server: their samples, their index files, subsets, local copies."""

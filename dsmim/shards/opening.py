@@ -1,0 +1,143 @@
+"""Shards found, opened and indexed. Writing them is in shard_writer.py, checking them in verify.py."""
+
+from __future__ import annotations
+
+import glob
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from dsmim.shards.index import (
+    SUFFIX,
+    ShardIndex,
+    index_file,
+    parse_page,
+    read_index,
+    write_atomically,
+    write_index,
+)
+from dsmim.shards.parallel import parallel
+from dsmim.shards.remote import check, download, fetch_small, is_remote
+from dsmim.shards.subset import apply_subset
+
+OPENERS = 16  # threads that open sidecars where each open waits for a metadata server
+PROBE = 100  # sidecars that tell whether it does
+SLOW_OPEN = 3e-4  # seconds; below it the threads would only wait for one another
+
+
+def expand(patterns: str | list[str], what: str = "data", allow_pipe: bool = False) -> list[str]:
+    """Shard paths of brace patterns and globs, each pattern's sorted; folders stand for the tars in them. URLs take
+    brace patterns only, in the order in which webdataset expands them.
+
+    Raises ValueError, naming the pattern, when one of those that the braces stand for matches nothing, or a shard comes
+    twice.
+    """
+    paths: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        for text in braceexpand(pattern):
+            found = _matches(text, what, allow_pipe)
+            if not found:  # one missing out of a range, too: training would go on with less data
+                raise ValueError(f"{what}: no shards match {text!r}" + (f" of {pattern!r}" if text != pattern else ""))
+            paths += found
+    if not paths:
+        raise ValueError(f"{what}: no shards given")
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"{what}: shard given twice: {twice}")
+    return paths
+
+
+def open_shards(
+    patterns: str | list[str],
+    index_dir: str | None = None,
+    what: str = "data",
+    subset: str | None = None,
+    allow_pipe: bool = False,
+) -> list[ShardIndex]:
+    """The indexes of all shards that the patterns name, in order; of a subset, with its samples alone.
+
+    Raises ValueError for the first shard without a valid index.
+    """
+    paths = expand(patterns, what, allow_pipe)
+    indexes = _read_indexes(paths, index_dir)
+    return apply_subset(indexes, subset) if subset else indexes
+
+
+def index_all(
+    patterns: list[str], index_dir: str | None, workers: int, force: bool = False, allow_pipe: bool = False
+) -> list[ShardIndex]:
+    """Index every shard that has no valid index yet (all of them with force). Raises ValueError that lists the bad
+    ones, after the others are done."""
+    work = partial(_index_one, index_dir=index_dir, force=force)
+    return parallel(work, expand(patterns, allow_pipe=allow_pipe), workers, "index")
+
+
+@contextmanager
+def local_copy(tar: str) -> Iterator[Path]:
+    """A local file with the shard's bytes: itself, or a download that is gone afterwards."""
+    if not is_remote(tar):
+        yield Path(tar)
+        return
+    with tempfile.NamedTemporaryFile(prefix="dsmim-", suffix=".tar") as file:
+        download(tar, file)
+        file.flush()
+        yield Path(file.name)
+
+
+def _read_indexes(paths: list[str], index_dir: str | None) -> list[ShardIndex]:
+    begin = time.perf_counter()
+    indexes = [read_index(path, index_dir) for path in paths[:PROBE]]
+    if (time.perf_counter() - begin) / len(indexes) < SLOW_OPEN:
+        return indexes + [read_index(path, index_dir) for path in paths[PROBE:]]
+    with ThreadPoolExecutor(OPENERS) as pool:
+        return indexes + list(pool.map(partial(read_index, index_dir=index_dir), paths[PROBE:]))
+
+
+def _index_one(tar: str, index_dir: str | None, force: bool) -> ShardIndex:
+    if not force:
+        try:
+            return read_index(tar, index_dir)
+        except (ValueError, FileNotFoundError):
+            index_file(tar, index_dir)  # raises for what indexing cannot mend
+        if is_remote(tar) and not tar.startswith("pipe:") and (published := _published(tar, index_dir)):
+            return published
+    with local_copy(tar) as copy:
+        return write_index(tar, index_dir, copy)
+
+
+def _published(tar: str, index_dir: str) -> ShardIndex | None:
+    """The sidecar that lies beside a remote shard, if there is one: it saves reading the shard. The digest in it is
+    held against the shard's bytes when they are downloaded."""
+    if "?" in tar:  # a signed address is good for the shard alone
+        return None
+    try:
+        data = fetch_small(tar + SUFFIX)
+    except ValueError:  # s3 forbids what is not there; reading the shard then tells what is wrong, if anything is
+        return None
+    path = index_file(tar, index_dir)
+    try:  # a server may answer a page that says "not found"
+        index = parse_page(data or b"", len(data or b""), tar, path, mend="")
+    except ValueError:
+        return None
+    write_atomically(Path(path), data)
+    return index
+
+
+def _matches(pattern: str, what: str, allow_pipe: bool) -> list[str]:
+    if is_remote(pattern):
+        check(pattern, what, allow_pipe)
+        if "*" in pattern and not pattern.startswith("pipe:"):
+            raise ValueError(f"{what}: {pattern!r}: '*' cannot be expanded in a URL; write {{000000..000146}}")
+        return [pattern]
+    if os.path.isfile(pattern):  # noqa: PTH113 - Path objects would take most of the time of a large start
+        return [pattern]
+    if os.path.isdir(pattern):  # noqa: PTH112
+        return sorted(str(path) for path in Path(pattern).glob("*.tar"))
+    return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute patterns too

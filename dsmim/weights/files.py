@@ -1,0 +1,130 @@
+"""Weights to start from: of our runs, and of files in anyone's layout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from dsmim.checkpoint import reading, zero_shards
+from dsmim.weights import swin_windows
+from dsmim.weights.swin_windows import Windows
+from dsmim.weights.match import LoadReport, State, Weights, fit
+
+PICKLED = (".pth", ".pt", ".bin", ".ckpt")
+CONTAINERS = ("model", "state_dict", "module")  # DeiT, MAE, Swin, BEiT; Lightning, timm; DeepSpeed, BEiT v2
+
+
+def warm_start(model: nn.Module, path: Path | str, head: str | None = None) -> tuple[LoadReport, State]:
+    """What a run starts from: what of `path` goes into the model, by the full names of its parameters.
+
+    The model may be on the meta device. head: see models.heads.settle. Raises ValueError, in words that name the mend.
+    """
+    return fit(model, read(Path(path)), head)
+
+
+def read(path: Path) -> Weights:
+    """The tensors of a run directory, a checkpoint, a .safetensors file, or a file of torch.save.
+
+    Of the latter nothing but tensors and plain values is unpickled. Raises ValueError.
+    """
+    if path.is_dir():
+        return _read_checkpoint(reading.locate(path))
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file or run directory")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in PICKLED:
+        return _unwrapped(_load(path), str(path))
+    raise ValueError(f"{path}: weights are a run directory, a checkpoint, or {', '.join(('.safetensors', *PICKLED))}")
+
+
+def _read_checkpoint(found: Path) -> Weights:
+    settings = reading.read_state(found)["recipe"].get("model", {})
+    return Weights(zero_shards.weights(found), str(found), windows=_windows(settings))
+
+
+def _read_safetensors(path: Path) -> Weights:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    return Weights(_without_wrappers(tensors), str(path), windows=_told(metadata))
+
+
+def _load(path: Path) -> Any:
+    """torch.load, without running code; large files are mapped, not read, where their format allows it."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options that DeiT, MAE and BEiT keep beside
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        wanted = re.findall(r"GLOBAL (\S+)", str(error))
+        what = f"wants to run {wanted[0]}" if wanted else "is no file of torch.save"
+        raise ValueError(
+            f"{path}: {what}, which dsmim does not do with a file of others; if you trust it, keep its weights only: "
+            f"torch.save({{'model': torch.load({str(path)!r}, weights_only=False)['model']}}, NEW_FILE)"
+        ) from None
+    except Exception as error:  # of bytes that are no pickle, torch's reader raises anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path}: cannot be read ({reason})") from None
+
+
+def _unwrapped(content: Any, source: str) -> Weights:
+    """The weights inside what torch.save wrote, and what else there is."""
+    left_out: dict[str, str] = {}
+    metadata: Mapping[str, Any] = {}
+    while isinstance(content, Mapping) and (inner := _container(content)):
+        left_out |= {f"{key}": "an entry beside the weights" for key in content if key != inner}
+        metadata = content.get("metadata") or metadata
+        content = content[inner]
+    strange = [key for key, value in content.items() if not isinstance(value, torch.Tensor)] if _named(content) else []
+    if not _named(content) or strange:
+        entries = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+        raise ValueError(
+            f"{source}: {strange[0] if strange else 'nothing in it'} is no tensor of weights; wanted is a dict of "
+            f"tensors, alone or as {' or '.join(CONTAINERS)}; found: {entries[:300]}"
+        )
+    return Weights(_without_wrappers(content), source, left_out, _told(metadata))
+
+
+def _container(content: Mapping) -> str | None:
+    return next((name for name in CONTAINERS if isinstance(content.get(name), Mapping)), None)
+
+
+def _named(content: Any) -> bool:
+    return isinstance(content, Mapping) and bool(content) and all(isinstance(key, str) for key in content)
+
+
+def _without_wrappers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names as before DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) wrapped the network."""
+    tensors = {key.replace("_orig_mod.", ""): value for key, value in tensors.items()}
+    while tensors and all(key.startswith("module.") for key in tensors):
+        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    return tensors
+
+
+def _told(metadata: Mapping[str, Any]) -> Windows | None:
+    """Windows by the settings that our exports carry; None in files of others."""
+    try:
+        return _windows(json.loads(metadata["model_args"]))
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def _windows(settings: Mapping[str, Any]) -> Windows | None:
+    if not (settings.get("img_size") and settings.get("window_size")):
+        return None
+    return swin_windows.from_settings(
+        settings["img_size"], settings["window_size"], settings.get("pretrained_window_sizes")
+    )

@@ -1,0 +1,31 @@
+"""Servers on loopback."""
+
+import pytest
+
+from tests.shards.servers import serving
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An s3 client of a local server that has one bucket, "shards"; the environment points there."""
+    import boto3  # here: together they take a second, which other tests need not wait for
+    from moto.server import ThreadedMotoServer
+
+    endpoint = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    endpoint.start()
+    host, port = endpoint.get_host_and_port()
+    names = ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "DEFAULT_REGION")
+    values = {f"AWS_{name}": "us-east-1" for name in names} | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    for name, value in (values | {"NO_PROXY": "127.0.0.1", "AWS_EC2_METADATA_DISABLED": "true"}).items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="shards")
+    yield client
+    endpoint.stop()
