@@ -125,7 +125,7 @@ def train(args: argparse.Namespace, runtime: Runtime) -> dict:
             if runtime.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begin)
-        if runtime.is_first:
+        if runtime.is_rank_zero:
             took = f", {seconds[-1]:.2f} s" if step < args.steps else ""
             print(f"step {step}: loss {losses[-1]:.5f}{took}", flush=True)
     own = torch.tensor([built, memory.read(), held], dtype=torch.float64)
@@ -224,7 +224,7 @@ def main() -> None:
         sys.exit(subprocess.run(launch, env={"OMP_NUM_THREADS": threads} | LEAN | os.environ).returncode)
     runtime = start(timeout_minutes=30)
     figures = build(args, runtime) if args.build_only else train(args, runtime)
-    if runtime.is_first:
+    if runtime.is_rank_zero:
         print(json.dumps(figures))
     stop()
 

@@ -31,11 +31,12 @@ def evaluate(path: Path, overrides: list[str], which: str = "fp32") -> dict[str,
     The model is whole on every rank, without DeepSpeed, whatever ZeRO stage wrote the checkpoint. Raises ValueError.
     """
     with joined() as runtime:
-        found = runtime.on_first(lambda: str(reading.locate(path)))
-        recipe = runtime.together(lambda: recipe_of(Path(found), overrides))
-        task = runtime.together(lambda: build_task(recipe))
-        data = open_validation(recipe, task, runtime)
-        state = runtime.together(lambda: weights_for(task, Path(found), which) if runtime.is_first else None)
+        found = runtime.on_rank_zero(lambda: str(reading.locate(path)))
+        with runtime.all_or_none():
+            recipe = recipe_of(Path(found), overrides)
+            task = build_task(recipe)
+            data = open_validation(recipe, task, runtime)
+            state = weights_for(task, Path(found), which) if runtime.is_rank_zero else None
         construct(task.model, task.fill(state), {}, 0, runtime)
         del state
         runtime.broadcast(task.model)
@@ -57,8 +58,9 @@ def weights_for(task: Task, found: Path, which: str = "fp32") -> State:
 
 def open_validation(recipe: Recipe, task: Task, runtime: Runtime) -> EvalDataset:
     """The recipe's validation samples. Collective: rank 0 opens the indexes for all. Raises ValueError without any."""
-    shards = runtime.on_first(lambda: validation_shards(recipe.data))
-    reader = runtime.together(lambda: open_reader(recipe.data, shards, window=1))
+    shards = runtime.on_rank_zero(lambda: validation_shards(recipe.data))
+    with runtime.all_or_none():
+        reader = open_reader(recipe.data, shards, window=1)
     return EvalDataset(reader, task.eval_sample, task.classes)
 
 

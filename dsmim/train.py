@@ -60,9 +60,10 @@ def fit(recipe: Recipe, run_dir: Path, fork: bool = False, interrupt: Interrupt 
 def training_data(recipe: Recipe, task: Task, runtime: Runtime) -> TarDataset:
     """The recipe's training samples in their order. Collective: rank 0 opens the indexes for all, because a metadata
     server would not bear every rank's doing so. Raises ValueError when shards or indexes are missing."""
-    shards = runtime.on_first(lambda: training_shards(recipe.data))
-    reader = runtime.together(lambda: open_reader(recipe.data, shards, recipe.data.shuffle_window))
-    order = runtime.together(lambda: training_order(recipe, shards))
+    shards = runtime.on_rank_zero(lambda: training_shards(recipe.data))
+    with runtime.all_or_none():
+        reader = open_reader(recipe.data, shards, recipe.data.shuffle_window)
+        order = training_order(recipe, shards)
     return TarDataset(reader, order, task.train_sample, task.classes)
 
 
@@ -71,35 +72,34 @@ class _Training:
 
     def __init__(self, recipe: Recipe, run_dir: Path, fork: bool, runtime: Runtime, interrupt: Interrupt):
         self.recipe, self.runtime, self.interrupt = recipe, runtime, interrupt
-        end = runtime.on_first(lambda: end_of_job(os.environ))
+        end = runtime.on_rank_zero(lambda: end_of_job(os.environ))
         interrupt.stop_before(end, recipe.checkpoint.before_end_minutes)  # each rank may be waiting for data by then
         torch.manual_seed(recipe.seed)  # networks of timm are initialised here, ours when the engine takes them
-        self.task = runtime.together(lambda: build_task(recipe))
-        self.data = training_data(recipe, self.task, runtime)
+        with runtime.all_or_none():
+            self.task = build_task(recipe)
+            self.data = training_data(recipe, self.task, runtime)
         self.validation: EvalDataset | None = None
         if recipe.data.val is not None:
             self.validation = open_validation(recipe, self.task, runtime)
         self.fingerprint = fingerprint(self.data.reader.shards)
         self.run_dir: RunDirectory = open_run(run_dir, recipe, self.fingerprint, runtime, fork)
         state = self.run_dir.state if self.run_dir.resume_from else None
-        self.plan: Plan = runtime.together(
-            lambda: plan(recipe, self.task, self.data.order.epoch_samples, runtime.world_size, state)
-        )
+        with runtime.all_or_none():
+            self.plan: Plan = plan(recipe, self.task, self.data.order.epoch_samples, runtime.world_size, state)
         self.log = Log(
-            run_dir, runtime.is_first, self.run_dir.step, self.plan.rate.total, recipe.log.tensorboard,
+            run_dir, runtime.is_rank_zero, self.run_dir.step, self.plan.rate.total, recipe.log.tensorboard,
             self.run_dir.validation_due,
         )  # fmt: skip
         for note in self.run_dir.notes:
             self.log.say(note)
         weights = self._read_weights()
         torch.manual_seed(recipe.seed)
-        self.engine: Engine = runtime.together(
-            lambda: Engine(
+        with runtime.all_or_none():
+            self.engine: Engine = Engine(
                 self.task.model, self.task.layers, recipe, runtime, self.plan.accumulation, self.plan.rate,
                 self.task.fill(weights),
-            )
-        )  # fmt: skip
-        runtime.wait_at_most(recipe.engine.timeout_minutes)  # in DeepSpeed's own groups too
+            )  # fmt: skip
+        runtime.set_timeout(recipe.engine.timeout_minutes)  # in DeepSpeed's own groups too
         self.watch = Watch(recipe, runtime, self.log.say, self.data.order.epoch_samples)
         self.saver = Saver(
             self.engine, self.run_dir.checkpoints, recipe.checkpoint, self.plan.keep_every,
@@ -128,7 +128,7 @@ class _Training:
             loss, result, bad = self._step(step, micro_batches, clock)
             done = step + 1
             if step == first:  # validation, which compiles for itself, and saving still may take longer
-                self.runtime.wait_at_most(self.recipe.engine.step_timeout_minutes)
+                self.runtime.set_timeout(self.recipe.engine.step_timeout_minutes)
             if logging(done):
                 self._log(done, self._figures(loss, result, bad, clock))
             if self.validation and validating(done) and not self._validate(done):
@@ -142,7 +142,9 @@ class _Training:
     def _log(self, done: int, figures: dict[str, float]) -> None:
         """Collective: a disk that refuses the log stops all ranks."""
         host = merge(self.runtime.gather(self.runtime.host.sample()))
-        self.runtime.together(lambda: (self.log.step(done, figures), self.log.host(done, host)))
+        with self.runtime.all_or_none():
+            self.log.step(done, figures)
+            self.log.host(done, host)
 
     def _close(self, complete: bool) -> bool:
         self.saver.finish()
@@ -212,12 +214,13 @@ class _Training:
 
     def _validate(self, done: int) -> bool:
         """Measure and log; False when asked to stop before the set's end."""
-        with self.runtime.patience():
+        with self.runtime.long_timeout():
             figures = validate(self.engine, self.task, self.validation, self.recipe, self.runtime, self.interrupt)
         if figures is None:
             return False
         self.validated = (done, figures)
-        self.runtime.together(lambda: self.log.validation(done, figures))
+        with self.runtime.all_or_none():
+            self.log.validation(done, figures)
         return True
 
     def _resume(self) -> int:
@@ -231,7 +234,8 @@ class _Training:
 
     def _save(self, done: int, validation_due: bool = False) -> None:
         self.runtime.phase("saving", done)
-        self.runtime.together(self.log.sync)
+        with self.runtime.all_or_none():
+            self.log.sync()
         measured = self.validated is not None and self.validated[0] == done
         self.saver.save(done, {
             "samples_consumed": self._consumed(done),
@@ -261,10 +265,9 @@ class _Training:
         settings = self.recipe.model
         if self.run_dir.resume_from is not None or settings.weights is None:
             return None
-        model, first = self.task.model, self.runtime.is_first
-        read = self.runtime.together(
-            lambda: warm_start(model, settings.weights, settings.weights_head) if first else (None, None)
-        )
+        model, first = self.task.model, self.runtime.is_rank_zero
+        with self.runtime.all_or_none():
+            read = warm_start(model, settings.weights, settings.weights_head) if first else (None, None)
         self.log.say(f"weights from {settings.weights}: {read[0]}")
         return read[1]
 

@@ -30,7 +30,7 @@ def find_valid(folder: Path, runtime: Runtime) -> tuple[Path | None, list[str]]:
 
     Collective: ranks share the reading.
     """
-    names = runtime.on_first(lambda: [path.name for path in candidates(folder)])
+    names = runtime.on_rank_zero(lambda: [path.name for path in candidates(folder)])
     passed_over = []
     for name in names:
         faults = runtime.gather(check_files(folder / name, runtime.rank, runtime.world_size))

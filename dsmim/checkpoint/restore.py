@@ -16,7 +16,8 @@ def restore(run: RunDirectory, engine: Engine, runtime: Runtime, say: Callable[[
     """Load run.resume_from; what was cut up otherwise is converted first. Collective. Raises Stopped."""
     runtime.phase("resuming", run.step)
     if run.same_shards(runtime.world_size, engine.stage):
-        runtime.together(lambda: engine.restore(run.resume_from))
+        with runtime.all_or_none():
+            engine.restore(run.resume_from)
         return
     whole = run.checkpoints / UNIVERSAL / run.resume_from.name
     convert(run.resume_from, whole, runtime, say)

@@ -57,18 +57,19 @@ def open_run(path: Path, recipe: Recipe, data: str, runtime: Runtime, fork: bool
     fork, when the recipe or the data differ from those of the run.
     """
     run = RunDirectory(path)
-    run.lock = runtime.together(lambda: _take(path) if runtime.is_first else None)
-    run.resume_from, run.notes = reading.find_valid(run.checkpoints, runtime)
-    if run.resume_from is not None:
-        run.state = runtime.on_first(lambda: reading.read_state(run.resume_from))
-        changes = runtime.together(lambda: changes_of(run.state, recipe, data))
-        if changes and not fork:
-            runtime.together(lambda: _refuse(path, changes))
-        run.notes += [f"forked: {change}" for change in changes]
-    elif run.notes:
-        runtime.together(lambda: _none_left(path, run.notes))
-    runtime.on_first(lambda: reading.set_aside(run.checkpoints, newer_than=run.step))
-    runtime.on_first(lambda: (path / "recipe.yaml").write_text(recipe.to_yaml()))
+    with runtime.all_or_none():
+        run.lock = _take(path) if runtime.is_rank_zero else None
+        run.resume_from, run.notes = reading.find_valid(run.checkpoints, runtime)
+        if run.resume_from is not None:
+            run.state = runtime.on_rank_zero(lambda: reading.read_state(run.resume_from))
+            changes = changes_of(run.state, recipe, data)
+            if changes and not fork:
+                _refuse(path, changes)
+            run.notes += [f"forked: {change}" for change in changes]
+        elif run.notes:
+            _none_left(path, run.notes)
+        runtime.on_rank_zero(lambda: reading.set_aside(run.checkpoints, newer_than=run.step))
+        runtime.on_rank_zero(lambda: (path / "recipe.yaml").write_text(recipe.to_yaml()))
     return run
 
 

@@ -58,7 +58,7 @@ class Saver:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write the checkpoint of `step` completed steps. Collective. Raises Stopped when a disk refuses."""
         begun = time.monotonic()
-        with self.runtime.patience():
+        with self.runtime.long_timeout():
             self._write(step, state, begun)
         megabytes, stall = self.engine.writer.bytes / 1e6, time.monotonic() - begun
         self.say(f"checkpoint {name_of(step)}: {megabytes:.1f} MB of this rank, training stalled {stall:.2f} s")
@@ -67,7 +67,7 @@ class Saver:
         self.finish()
         partial = self.folder / f".partial_{step:08d}"
         try:
-            self.runtime.on_first(lambda: fresh_folder(partial))
+            self.runtime.on_rank_zero(lambda: fresh_folder(partial))
         except Stopped as error:
             raise _refused(partial, error) from None
         self.engine.save(partial)
@@ -79,19 +79,20 @@ class Saver:
         """Wait for what is being written, and publish it. Collective. Raises Stopped when a disk refused."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            with self.runtime.patience():
+            with self.runtime.long_timeout():
                 self._settle(pending)
 
     def _settle(self, pending: _Pending) -> None:
         try:
-            shares = self.runtime.gather(self.runtime.together(self.engine.writer.entries))
-            files = {name: entry for share in shares for name, entry in share.items()}
-            self.runtime.on_first(lambda: self._publish(pending, files))
+            with self.runtime.all_or_none():
+                shares = self.runtime.gather(self.engine.writer.entries())
+                files = {name: entry for share in shares for name, entry in share.items()}
+                self.runtime.on_rank_zero(lambda: self._publish(pending, files))
         except Stopped as error:
-            self.runtime.on_first(lambda: shutil.rmtree(pending.partial, ignore_errors=True))  # make room
+            self.runtime.on_rank_zero(lambda: shutil.rmtree(pending.partial, ignore_errors=True))  # make room
             raise _refused(pending.partial, error) from None
         self.saved = pending.step
-        self.runtime.on_first(self._retain)
+        self.runtime.on_rank_zero(self._retain)
         if self.settings.background:
             self.say(f"checkpoint {name_of(pending.step)}: on disk after {time.monotonic() - pending.begun:.1f} s")
 

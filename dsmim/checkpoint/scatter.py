@@ -60,13 +60,15 @@ def place(universal: Path, engine: Engine, runtime: Runtime) -> None:
 
     Raises Stopped when the checkpoint is another model's, or cannot be read.
     """
-    manifest = runtime.on_first(lambda: read_manifest(universal))
-    runtime.together(lambda: _check_fit(universal, manifest, engine))
+    manifest = runtime.on_rank_zero(lambda: read_manifest(universal))
+    with runtime.all_or_none():
+        _check_fit(universal, manifest, engine)
     if engine.stage == 3:
         engine.deepspeed.optimizer.checkpoint_event_prologue()  # gathered weights would hide new shards
     flats = list(_LAYOUTS[engine.stage](engine, runtime.rank))
     with torch.no_grad():
-        runtime.together(lambda: _place_all(universal, manifest, engine, flats, runtime.rank))
+        with runtime.all_or_none():
+            _place_all(universal, manifest, engine, flats, runtime.rank)
         _refresh(engine)
     for counter, value in manifest["counters"].items():
         setattr(engine.deepspeed, counter, value)  # not micro_steps: a checkpoint lies between two steps
@@ -225,7 +227,8 @@ def _check_placed(universal: Path, manifest: Manifest, engine: Engine, flats: li
     ]
     whole = [(name, p) for name, p in trained if p.numel() == _shape(p).numel()]  # that the forward pass will use
     faults += [f"{name} (gathered)" for name, p in whole if checksum(p) != checksums[name]["fp32"]]
-    runtime.together(lambda: _refuse(universal, faults))
+    with runtime.all_or_none():
+        _refuse(universal, faults)
 
 
 def _held(

@@ -41,18 +41,20 @@ def convert(checkpoint: Path, out: Path, runtime: Runtime, say: Callable[[str], 
 
     say: where rank 0 reports. Raises Stopped when the checkpoint cannot be read or a disk refuses.
     """
-    source = runtime.on_first(lambda: _identity(checkpoint))
+    source = runtime.on_rank_zero(lambda: _identity(checkpoint))
     if _is_made(out, source, runtime, say):
         return
     partial = out.with_name(f".partial_{out.name}")
-    runtime.on_first(lambda: fresh_folder(partial))
-    shards = runtime.together(lambda: Shards(checkpoint))
+    runtime.on_rank_zero(lambda: fresh_folder(partial))
+    with runtime.all_or_none():
+        shards = Shards(checkpoint)
     say(f"{checkpoint.name} of {shards.world_size} ranks at ZeRO stage {shards.stage} becomes {out}")
     try:
-        shares = runtime.gather(runtime.together(lambda: _write_share(shards, partial, runtime)))
-        runtime.on_first(lambda: _publish(shards, source, shares, partial, out))
+        with runtime.all_or_none():
+            shares = runtime.gather(_write_share(shards, partial, runtime))
+            runtime.on_rank_zero(lambda: _publish(shards, source, shares, partial, out))
     except ValueError as error:
-        runtime.on_first(lambda: shutil.rmtree(partial, ignore_errors=True))  # make room
+        runtime.on_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))  # make room
         raise type(error)(f"{checkpoint} could not be converted; it stands as it was. {error}") from None
 
 
@@ -97,7 +99,7 @@ def _identity(checkpoint: Path) -> str:
 
 def _is_made(out: Path, source: str, runtime: Runtime, say: Callable[[str], None]) -> bool:
     """Whether `out` is of this very checkpoint and every file is as it was written. Collective."""
-    if not runtime.on_first(lambda: _made_of(out) == source):
+    if not runtime.on_rank_zero(lambda: _made_of(out) == source):
         return False
     faults = [fault for fault in runtime.gather(check_files(out, runtime.rank, runtime.world_size)) if fault]
     if faults:
@@ -116,12 +118,12 @@ def _write_share(shards: Shards, partial: Path, runtime: Runtime) -> tuple[dict[
     """This rank's parameters, and on rank 0 what there is once: what the manifest says of them, and of the files."""
     files = _Files(partial)
     mine = shards.names[runtime.rank :: runtime.world_size]
-    shown = {"unit": "parameter", "mininterval": _BAR_EVERY, "file": sys.stderr, "disable": not runtime.is_first}
+    shown = {"unit": "parameter", "mininterval": _BAR_EVERY, "file": sys.stderr, "disable": not runtime.is_rank_zero}
     steps = shards.steps
     parameters = {
         name: _write_parameter(shards, name, steps.get(name), files) for name in tqdm(mine, "converting", **shown)
     }
-    if runtime.is_first:
+    if runtime.is_rank_zero:
         _write_common(shards, steps, files)
     return parameters, files.written
 

@@ -51,7 +51,7 @@ def _run(options: argparse.Namespace) -> int:
         return outcome.FAILED
     except outcome.LostPeer as error:
         print(f"dsmim: error: {error}", file=sys.stderr, flush=True)
-        error.farewell()
+        error.before_exit()
         os._exit(error.status)  # MPI's own end, too, would wait for the lost one
 
 

@@ -23,8 +23,15 @@ from dsmim.cluster.placement import Placement, detect
 
 
 @dataclass(frozen=True)
+class _Failure:
+    """What a rank sends in place of a value when it has failed."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Runtime:
-    """One rank of a started process group. beat and host: within `joined`."""
+    """One rank of a started process group. `beat` and `host` are set within `joined`."""
 
     place: Placement
     device: torch.device
@@ -42,56 +49,70 @@ class Runtime:
         return self.place.world_size
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
     def phase(self, name: str, step: int) -> None:
-        """Say what this rank begins, for whoever must tell why it does not answer. All ranks do so equally often;
-        before a collective that waits for the slowest of them a phase ends by the next."""
+        """Record what this rank begins, so that the others can tell why it does not answer.
+
+        Every rank must call it equally often, and must begin its next phase before it waits in a collective for the
+        slowest rank of the last one.
+        """
         if self.beat is not None:
             self.beat.phase(name, step)
 
-    def wait_at_most(self, minutes: float) -> None:
-        """How long ranks wait for one another from now on."""
+    def set_timeout(self, minutes: float) -> None:
+        """Set how long ranks wait for one another from now on."""
         set_timeout(60 * minutes)
         if self.beat is not None:
             self.beat.limit = 60 * minutes
 
     @contextmanager
-    def patience(self) -> Iterator[None]:
-        """In what takes long, ranks wait for one another as at the start; afterwards as before."""
+    def long_timeout(self) -> Iterator[None]:
+        """Let ranks wait for one another as long as at the start, for what takes longer than a step."""
         assert self.beat is not None
         before = self.beat.limit / 60
-        self.wait_at_most(max(before, self.timeout_minutes))
+        self.set_timeout(max(before, self.timeout_minutes))
         yield
-        self.wait_at_most(before)
+        self.set_timeout(before)
 
-    def together(self, action: Callable[[], Any]) -> Any:
-        """Run `action` on every rank; if any raises ValueError or OSError, all raise, so that none waits for another.
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """Make one stage of several steps succeed on every rank or fail on every rank.
 
-        Ranks that fail alike are reported once.
+        If a rank raises ValueError or OSError inside the block, every rank leaves the block with Stopped, which holds
+        the messages of all ranks that failed, each text once. Within the block a rank may wait for others by `gather`,
+        `on_rank_zero` and blocks of this kind alone: these three exchange whether a rank has failed, so that nobody
+        waits for a rank that has left the block.
         """
-        result, problem = None, None
         try:
-            result = action()
+            yield
+        except Stopped:
+            raise  # every rank knows of it already
         except (ValueError, OSError) as error:
-            problem = str(error)
-        said = self.gather(problem)
-        if any(said):
-            raise Stopped(_merge(said))
-        return result
+            self.gather(_Failure(str(error)))
+            raise AssertionError("unreachable: gather raises when a rank has failed") from error
+        self.gather(None)
 
-    def on_first(self, action: Callable[[], Any]) -> Any:
-        """Run `action` on rank 0 and give its (picklable) result to all; its ValueError or OSError too."""
-        result = self.together(lambda: action() if self.is_first else None)
+    def on_rank_zero(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on rank 0 and give its (picklable) result to every rank. Raises Stopped on all if it fails."""
+        result = None
+        with self.all_or_none():
+            if self.is_rank_zero:
+                result = action()
         box = [result]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's picklable value, in the order of ranks, on all ranks."""
+        """Give every rank's picklable value, in the order of ranks, on all ranks.
+
+        Raises Stopped when a rank has failed in a block of `all_or_none`.
+        """
         values = [None] * self.world_size
         dist.all_gather_object(values, value)
+        if any(isinstance(value, _Failure) for value in values):
+            raise Stopped(_merge([value.text if isinstance(value, _Failure) else None for value in values]))
         return values
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -199,6 +220,7 @@ def _device_index(place: Placement) -> int:
 
 
 def _merge(said: list[str | None]) -> str:
+    """Join the messages of the ranks that failed; ranks with the same message share a line."""
     messages = {text: [rank for rank, other in enumerate(said) if other == text] for text in said if text}
     if len(messages) == 1 and len(next(iter(messages.values()))) in (1, len(said)):
         return next(iter(messages))

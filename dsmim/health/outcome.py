@@ -21,10 +21,10 @@ class Stopped(ValueError):
 class LostPeer(RuntimeError):
     """Another rank does not answer any more.
 
-    status: what to end with, LOST, or FAILED when that rank has told why; farewell: to be called once this has been
+    status: what to end with, LOST, or FAILED when that rank has told why; before_exit: to be called once this has been
     told, before the process ends: it waits for others that may still have to learn it.
     """
 
-    def __init__(self, message: str, status: int = LOST, farewell: Callable[[], None] = lambda: None):
+    def __init__(self, message: str, status: int = LOST, before_exit: Callable[[], None] = lambda: None):
         super().__init__(message)
-        self.status, self.farewell = status, farewell
+        self.status, self.before_exit = status, before_exit

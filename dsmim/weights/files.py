@@ -18,7 +18,7 @@ from torch import nn
 from dsmim.checkpoint import reading, zero_shards
 from dsmim.weights import swin_windows
 from dsmim.weights.swin_windows import Windows
-from dsmim.weights.match import LoadReport, State, Weights, fit
+from dsmim.weights.match import LoadReport, State, Weights, match
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 CONTAINERS = ("model", "state_dict", "module")  # DeiT, MAE, Swin, BEiT; Lightning, timm; DeepSpeed, BEiT v2
@@ -29,7 +29,7 @@ def warm_start(model: nn.Module, path: Path | str, head: str | None = None) -> t
 
     The model may be on the meta device. head: see models.heads.settle. Raises ValueError, in words that name the mend.
     """
-    return fit(model, read(Path(path)), head)
+    return match(model, read(Path(path)), head)
 
 
 def read(path: Path) -> Weights:

@@ -62,7 +62,7 @@ class LoadReport:
         return [f"{first[t]}{f' and {n - 1} more' if n > 1 else ''}: {t}" for t, n in texts.items()]
 
 
-def fit(model: nn.Module, weights: Weights, head: str | None = None) -> tuple[LoadReport, State]:
+def match(model: nn.Module, weights: Weights, head: str | None = None) -> tuple[LoadReport, State]:
     """What of a file goes into a model, whose parameters may be on the meta device and are not touched.
 
     head: see heads.settle. The state maps full names of the model's parameters (and of a timm network's persistent
@@ -88,9 +88,9 @@ def fit(model: nn.Module, weights: Weights, head: str | None = None) -> tuple[Lo
 
 
 def complete(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> State:
-    """`fit` for a checkpoint of the model's own kind. Raises ValueError when anything is missing or left over."""
+    """`match` for a checkpoint of the model's own kind. Raises ValueError when anything is missing or left over."""
     has_head = heads.head_names(model, model.state_dict())
-    report, fitting = fit(model, Weights(state, source), head="keep" if has_head else None)
+    report, fitting = match(model, Weights(state, source), head="keep" if has_head else None)
     if report.fresh or report.dropped:
         raise ValueError(f"weights {source} are not this model's: {report}")
     return fitting

@@ -154,7 +154,7 @@ def save(out: Path, runtime: Runtime) -> None:
         truth = everything(engine)
         engine.save(out / name)
         runtime.gather(engine.writer.entries())  # everybody's files are on disk
-        if runtime.is_first:
+        if runtime.is_rank_zero:
             names = [list(group.names) for group in engine.groups]
             (out / name / "state.json").write_text(json.dumps({ORDER: names}))
             (out / name / "manifest.json").write_text(json.dumps({"files": {}, "made_of": name}))
@@ -243,7 +243,7 @@ def flip(path: Path) -> None:
 
 
 def report(path: Path, found: dict[str, Any], runtime: Runtime) -> None:
-    if runtime.is_first:
+    if runtime.is_rank_zero:
         path.parent.mkdir(exist_ok=True)
         torch.save(found, path)
 

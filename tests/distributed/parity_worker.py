@@ -119,7 +119,7 @@ def train(runtime, wanted: Configuration, out: Path) -> None:
         norms.append(engine.step(step).grad_norm)
         losses.append(runtime.sum(total).item())
     weights = whole_weights(engine)
-    if runtime.is_first:
+    if runtime.is_rank_zero:
         torch.save({"losses": losses, "norms": norms, "weights": weights}, out / f"{wanted}.pt")
     engine.close()
 
@@ -132,7 +132,7 @@ def every_rank_has_rank_0_s_weights(runtime, stage: int | str, out: Path) -> Non
     given = {"encoder.norm.weight": torch.randn(256), "mask_token": torch.randn(1, 1, 32)}
     task = parity_task(recipe)
     rate = resolve(recipe.schedule, recipe.optim, BATCH, 1000)
-    parts = task.fill(given if runtime.is_first else None)
+    parts = task.fill(given if runtime.is_rank_zero else None)
     engine = Engine(task.model, task.layers, recipe, runtime, 1, rate, parts)
     if stage == "3_all":
         assert all(p.numel() == 0 for p in engine.module.parameters()), "not cut up"
@@ -142,7 +142,7 @@ def every_rank_has_rank_0_s_weights(runtime, stage: int | str, out: Path) -> Non
             assert torch.equal(weights[name], value), (stage, name)
     for name in given:
         everybody = runtime.gather(weights[name].tolist())
-        assert everybody[0] == everybody[1] and (not runtime.is_first or torch.equal(weights[name], given[name])), name
+        assert everybody[0] == everybody[1] and (not runtime.is_rank_zero or torch.equal(weights[name], given[name])), name
     engine.close()
 
 

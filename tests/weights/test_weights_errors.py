@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dsmim.models import create_model
-from dsmim.weights.match import complete, fit
+from dsmim.weights.match import complete, match
 from dsmim.weights.files import read, warm_start
 from tests.weights.weight_files import (
     beit_as_pretrained,
@@ -44,32 +44,32 @@ def test_a_key_too_many_or_too_few_or_of_another_shape_is_an_error(layout):
     state, model = LAYOUTS[layout]()
     prefix = "encoder." if layout == "simmim" else ""
     name = next(key for key in state if key.endswith("norm1.weight"))
-    report, fitting = fit(model, shadow(state))
+    report, fitting = match(model, shadow(state))
     assert set(report.used) | set(report.dropped) == set(state)
     assert set(fitting) | set(report.fresh) == set(model.state_dict())
     assert all(tensor.shape == model.state_dict()[key].shape for key, tensor in fitting.items())
     for extra in ("strange", "blocks.0.strange", "layers.0.blocks.0.attn.strange", name + "2"):
         key = prefix + extra.removeprefix(prefix)
         with pytest.raises(ValueError, match=f"{key}: no such tensor in the model"):
-            fit(model, shadow(state | {key: torch.zeros(3)}))
+            match(model, shadow(state | {key: torch.zeros(3)}))
     with pytest.raises(ValueError, match="missing in the file"):
-        fit(model, shadow({key: value for key, value in state.items() if key != name}))
+        match(model, shadow({key: value for key, value in state.items() if key != name}))
     with pytest.raises(ValueError, match=rf"{name}: shape \(3,\)"):
-        fit(model, shadow(state | {name: torch.zeros(3)}))
+        match(model, shadow(state | {name: torch.zeros(3)}))
 
 
 def test_half_a_head_half_a_decoder_and_two_keys_for_one_tensor():
     state = swin_as_simmim(timm_swin(num_classes=0))
     del state["decoder.0.bias"]
     with pytest.raises(ValueError, match=r"decoder\.0\.bias: missing"):
-        fit(nano_simmim(), shadow(state))
+        match(nano_simmim(), shadow(state))
     with pytest.raises(ValueError, match=r"head\.fc\.weight: missing"):
-        fit(nano(), shadow(timm_swin(num_classes=0).state_dict() | {"head.fc.bias": torch.zeros(5)}), "keep")
+        match(nano(), shadow(timm_swin(num_classes=0).state_dict() | {"head.fc.bias": torch.zeros(5)}), "keep")
     with pytest.raises(ValueError, match="both are the model's"):
-        fit(nano_simmim(), shadow(state | {"mask_token": torch.zeros(1, 1, 32)}))
+        match(nano_simmim(), shadow(state | {"mask_token": torch.zeros(1, 1, 32)}))
     finetuned = {k: v for k, v in timm_beit().state_dict().items() if not k.startswith("fc_norm.")}
     with pytest.raises(ValueError, match=r"fc_norm\.weight: missing"):
-        fit(timm_beit(), shadow(finetuned), "keep")
+        match(timm_beit(), shadow(finetuned), "keep")
 
 
 def test_an_evaluation_takes_a_complete_checkpoint_only():
@@ -89,48 +89,48 @@ def test_an_evaluation_takes_a_complete_checkpoint_only():
 def test_another_number_of_heads_is_told():
     state = swin_as_published(timm_swin(num_classes=0, num_heads=(2, 2, 4, 8)))
     with pytest.raises(ValueError, match=r"has \[2, 2, 4, 8\] heads per stage.*the model \[1, 2, 4, 8\]"):
-        fit(nano(num_classes=0), shadow(state))
+        match(nano(num_classes=0), shadow(state))
 
 
 def test_extra_norms_must_agree():
     state = swin_as_simmim(timm_swin(num_classes=0))
     extra = {f"encoder.layers.2.blocks.1.enorm.{part}": torch.rand(128) for part in ("weight", "bias")}
-    _, ours = fit(nano_simmim(extra_norm_every=2), shadow(state | extra))
+    _, ours = match(nano_simmim(extra_norm_every=2), shadow(state | extra))
     assert torch.equal(ours["encoder.layers.2.blocks.1.enorm.weight"], extra["encoder.layers.2.blocks.1.enorm.weight"])
     with pytest.raises(
         ValueError, match=r"in layers\.2\.blocks\.1, the model in 0 blocks; set model\.extra_norm_every=2"
     ):
-        fit(nano_simmim(), shadow(state | extra))
+        match(nano_simmim(), shadow(state | extra))
     with pytest.raises(ValueError, match=r"in no block, the model in 1 blocks; set model\.extra_norm_every=0"):
-        fit(nano_simmim(extra_norm_every=2), shadow(state))
+        match(nano_simmim(extra_norm_every=2), shadow(state))
     odd = {f"encoder.layers.2.blocks.{b}.enorm.weight": torch.rand(128) for b in (0, 2)}
     with pytest.raises(ValueError, match=r"no model\.extra_norm_every gives these"):
-        fit(nano_simmim(), shadow(state | odd))
+        match(nano_simmim(), shadow(state | odd))
     with pytest.raises(ValueError, match="timm's network has none"):
-        fit(timm_swin(num_classes=0), shadow(state | extra))
+        match(timm_swin(num_classes=0), shadow(state | extra))
 
 
 def test_a_strange_table_of_coordinates():
     state = swin_as_published(timm_swin(num_classes=0))
     key = "layers.1.blocks.0.attn.relative_coords_table"
     with pytest.raises(ValueError, match="no whole window size"):
-        fit(nano(num_classes=0), shadow(state | {key: state[key] * 1.1}))
+        match(nano(num_classes=0), shadow(state | {key: state[key] * 1.1}))
     with pytest.raises(ValueError, match="no square window's"):
-        fit(nano(num_classes=0), shadow(state | {key: state[key][:, :6]}))
+        match(nano(num_classes=0), shadow(state | {key: state[key][:, :6]}))
 
 
 def test_a_vit_is_no_swin_and_positions_must_be_a_square(tmp_path):
     with pytest.raises(ValueError, match="no such tensor in the model"):
-        fit(nano(num_classes=0), shadow(deit_as_published(timm_deit(num_classes=0))))
+        match(nano(num_classes=0), shadow(deit_as_published(timm_deit(num_classes=0))))
     state = deit_as_published(timm_deit(num_classes=0))
     with pytest.raises(ValueError, match="pos_embed has 15 positions, no square map"):
-        fit(nano_deit(0), shadow(state | {"pos_embed": torch.zeros(1, 15, 96)}))
+        match(nano_deit(0), shadow(state | {"pos_embed": torch.zeros(1, 15, 96)}))
     with pytest.raises(ValueError, match="2 slots for tokens beside the map, the model 0"):
-        fit(nano_deit(0), shadow(state | {"pos_embed": torch.zeros(1, 18, 96)}))
+        match(nano_deit(0), shadow(state | {"pos_embed": torch.zeros(1, 18, 96)}))
     beit = timm_beit().state_dict()
     name = "blocks.0.attn.relative_position_bias_table"
     with pytest.raises(ValueError, match=r"table has 50 rows, which no square window gives"):
-        fit(timm_beit(), shadow(beit | {name: torch.zeros(50, 2)}), "keep")
+        match(timm_beit(), shadow(beit | {name: torch.zeros(50, 2)}), "keep")
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

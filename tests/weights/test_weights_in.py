@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dsmim.models import SimMIM, create_model
 from dsmim.models.vit import DeiT3
-from dsmim.weights.match import fit
+from dsmim.weights.match import match
 from dsmim.weights.files import warm_start
 from tests.conftest import tiny_recipe
 from tests.weights.weight_files import (
@@ -234,14 +234,14 @@ def features_and_head(classes, head):
 def test_the_head_is_a_choice(tmp_path):
     weights, model = features_and_head(3, torch.arange(5.0))
     with pytest.raises(ValueError, match=r"head of 5 classes, the model one of 3; say.*model\.weights_head=keep, drop"):
-        fit(model, weights)
+        match(model, weights)
     with pytest.raises(ValueError, match="say drop for a fresh head"):
-        fit(model, weights, "keep")
-    report, state = fit(model, weights, "drop")
+        match(model, weights, "keep")
+    report, state = match(model, weights, "drop")
     assert report.fresh == ["head.fc.bias", "head.fc.weight"] and "head.fc.weight" not in state
     assert report.dropped["head.fc.bias"] == "model.weights_head=drop"
     (tmp_path / "map.txt").write_text("4\n0\n2\n")
-    report, state = fit(model, weights, str(tmp_path / "map.txt"))
+    report, state = match(model, weights, str(tmp_path / "map.txt"))
     assert state["head.fc.bias"].tolist() == [4, 0, 2] and state["head.fc.weight"][:, 0].tolist() == [4, 0, 2]
     assert "3 of 5 rows picked" in report.changed["head.fc.weight"] and report.fresh == []
     for text, message in [
@@ -251,29 +251,29 @@ def test_the_head_is_a_choice(tmp_path):
     ]:
         (tmp_path / "map.txt").write_text(text)
         with pytest.raises(ValueError, match=message):
-            fit(model, weights, str(tmp_path / "map.txt"))
+            match(model, weights, str(tmp_path / "map.txt"))
     with pytest.raises(ValueError, match="none of keep, drop, imagenet22k"):
-        fit(model, weights, "kepp")
+        match(model, weights, "kepp")
 
 
 def test_no_choice_is_needed_where_there_is_no_head():
     weights, model = features_and_head(3, torch.arange(5.0))
-    report, _ = fit(nano(num_classes=0), weights)
+    report, _ = match(nano(num_classes=0), weights)
     assert report.dropped == dict.fromkeys(("head.fc.weight", "head.fc.bias"), "the model has no head")
-    report, _ = fit(nano_simmim(), weights)
+    report, _ = match(nano_simmim(), weights)
     assert report.fresh == ["decoder.0.bias", "decoder.0.weight", "mask_token"]
     headless = shadow({k: v for k, v in weights.tensors.items() if "head" not in k})
-    assert fit(model, headless)[0].fresh == ["head.fc.bias", "head.fc.weight"]
+    assert match(model, headless)[0].fresh == ["head.fc.bias", "head.fc.weight"]
     with pytest.raises(ValueError, match="test has no head"):
-        fit(model, headless, "keep")
+        match(model, headless, "keep")
     with pytest.raises(ValueError, match="the model has no head"):
-        fit(nano_simmim(), weights, "imagenet22k")
+        match(nano_simmim(), weights, "imagenet22k")
 
 
 @pytest.mark.parametrize(("choice", "rows", "found"), [("imagenet22k", 21841, 999), ("imagenet22k-ms", 21842, 1000)])
 def test_rows_of_imagenet_1k_in_a_head_of_imagenet_22k(choice, rows, found):
     weights, model = features_and_head(1000, torch.arange(float(rows)))
-    report, state = fit(model, weights, choice)
+    report, state = match(model, weights, choice)
     theirs = ImageNetInfo(choice.replace("imagenet22k", "imagenet-22k")).label_names()
     ours, bias = ImageNetInfo("imagenet-1k").label_names(), state["head.fc.bias"]
     same = [theirs[int(row)] == synset for row, synset in zip(bias, ours, strict=True)]
@@ -284,6 +284,6 @@ def test_rows_of_imagenet_1k_in_a_head_of_imagenet_22k(choice, rows, found):
         others = torch.cat([bias[: same.index(False)], bias[same.index(False) + 1 :]])
         assert math.isclose(bias[same.index(False)].item(), others.mean().item(), rel_tol=1e-5)
     with pytest.raises(ValueError, match=f"wants a head of {rows} classes, test has one of 30"):
-        fit(model, features_and_head(1000, torch.arange(30.0))[0], choice)
+        match(model, features_and_head(1000, torch.arange(30.0))[0], choice)
     with pytest.raises(ValueError, match="the model has 7"):
-        fit(nano(num_classes=7), weights, choice)
+        match(nano(num_classes=7), weights, choice)

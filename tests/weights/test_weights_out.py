@@ -14,7 +14,7 @@ from dsmim.weights.export import LAYOUTS, export, swin_as_authors
 from dsmim.models import SimMIM, create_model
 from dsmim.weights.layouts import to_deit, to_native
 from dsmim.models.vit import DeiT3
-from dsmim.weights.match import Weights, fit
+from dsmim.weights.match import Weights, match
 from dsmim.weights.files import read, warm_start
 from tests.conftest import tiny_recipe
 from tests.weights.weight_files import (
@@ -115,7 +115,7 @@ def test_the_authors_layout_holds_their_buffers(tmp_path):
         assert value.shape == expected[key].shape and value.dtype == expected[key].dtype, key
         if re.search("coords_table|position_index|attn_mask", key):
             torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-6)
-    theirs.load_state_dict(fit(theirs, Weights(content["model"], "test"), "keep")[1])
+    theirs.load_state_dict(match(theirs, Weights(content["model"], "test"), "keep")[1])
     with torch.no_grad():
         torch.testing.assert_close(theirs(images(128)), model(images(128)), rtol=1e-4, atol=1e-4)
 
@@ -158,11 +158,11 @@ def test_keys_and_shapes_of_the_released_base_model():
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == expected
     assert len(state) - len(weights) == 50
     assert state["encoder.layers.0.blocks.0.attn.relative_position_index"].dtype == torch.int64
-    report, back = fit(model, Weights(state, "test"))
+    report, back = match(model, Weights(state, "test"))
     assert report.fresh == [] and back.keys() == weights.keys() and len(report.dropped) == 50
     finetune = create_model("swinv2_base", device="meta", img_size=224, window_size=14, num_classes=1000,
                             pretrained_window_sizes=(12, 12, 12, 6))  # fmt: skip
-    report, _ = fit(finetune, Weights(state, "test"))
+    report, _ = match(finetune, Weights(state, "test"))
     assert report.changed == {"attention windows": "[12,12,12,6] → [14,14,14,7], coordinates unchanged"}
     weights = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in finetune.state_dict().items()}
     assert len(swin_as_authors(finetune, weights, simmim=False)) == 475
