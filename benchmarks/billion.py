@@ -22,8 +22,8 @@ import time
 import torch
 from memory import PeakMemory
 
-from dsmim.engine.construct import construct
 from dsmim.cluster.placement import free_port
+from dsmim.engine.construct import construct
 from dsmim.engine.runtime import Runtime, start, stop
 from dsmim.engine.schedule import resolve
 from dsmim.engine.zero import Engine

@@ -34,8 +34,8 @@ import yaml
 from kill_resume_rank import NOTES
 from PIL import Image
 
-from dsmim.shards.index import write_index
 from dsmim.cluster.placement import free_port
+from dsmim.shards.index import write_index
 
 HERE = Path(__file__).parent
 BATCH, EPOCH = 8, 400  # samples; a run has more, so that an epoch border lies inside, but the quick one

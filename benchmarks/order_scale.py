@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from dsmim.shards.index import fingerprint, write_sidecar
 from dsmim.data.order import Order, rank_positions, training_order
 from dsmim.data.reader import ShardReader
+from dsmim.shards.index import fingerprint, write_sidecar
 from dsmim.shards.opening import open_shards
 from dsmim.shards.tar import Sample
 

@@ -22,16 +22,16 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from dsmim.data.dataset import TarDataset
-from dsmim.shards.index import ShardIndex
 from dsmim.data.loader import train_loader
 from dsmim.data.order import Order, stream_key
 from dsmim.data.reader import ShardReader
-from dsmim.packing.writer import Writing, build
-from dsmim.shards.opening import index_all, open_shards
-from dsmim.packing.sources import read_sources
 from dsmim.data.streams import own_stream, reseed
 from dsmim.data.transforms import train_transform
+from dsmim.packing.sources import read_sources
+from dsmim.packing.writer import Writing, build
 from dsmim.recipe import Recipe
+from dsmim.shards.index import ShardIndex
+from dsmim.shards.opening import index_all, open_shards
 from dsmim.tasks import build_task
 
 BATCH = 32

@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 
+from dsmim.checkpoint import reading, zero_shards
 from dsmim.data.dataset import EvalDataset
 from dsmim.data.from_recipe import open_reader, validation_shards
 from dsmim.data.loader import eval_loader
-from dsmim.checkpoint import reading, zero_shards
 from dsmim.engine.construct import construct
-from dsmim.health.interrupt import Interrupt
 from dsmim.engine.runtime import Runtime, joined
 from dsmim.engine.zero import resolve_precision
+from dsmim.health.interrupt import Interrupt
 from dsmim.models import fix_position_bias
-from dsmim.weights.match import State, complete
 from dsmim.recipe import Recipe
 from dsmim.recipe.reading import apply_overrides
 from dsmim.tasks import Task, build_task
 from dsmim.tasks.base import Batch
+from dsmim.weights.match import State, complete
 
 
 def evaluate(path: Path, overrides: list[str], which: str = "fp32") -> dict[str, Any]:

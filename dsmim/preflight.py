@@ -8,16 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsmim.data.from_recipe import training_shards, validation_shards
-from dsmim.shards.index import ShardIndex, fingerprint
-from dsmim.data.order import accumulation_steps, training_order
 from dsmim.checkpoint import reading
-from dsmim.engine.ds_config import load_ds_config, owned_keys
 from dsmim.checkpoint.run_directory import changes_of
+from dsmim.data.from_recipe import training_shards, validation_shards
+from dsmim.data.order import accumulation_steps, training_order
+from dsmim.engine.ds_config import load_ds_config, owned_keys
 from dsmim.evaluate import recipe_of
 from dsmim.plan import plan
 from dsmim.recipe import Recipe
 from dsmim.recipe.errors import RecipeError
+from dsmim.shards.index import ShardIndex, fingerprint
 from dsmim.tasks import Task, build_task
 from dsmim.weights.files import PICKLED
 

@@ -15,31 +15,31 @@ from typing import Any
 
 import torch
 
+from dsmim.checkpoint.restore import restore
+from dsmim.checkpoint.run_directory import RunDirectory, open_run
+from dsmim.checkpoint.saving import Saver
+from dsmim.checkpoint.zero_layouts import ORDER
 from dsmim.cluster.slurm import end_of_job
 from dsmim.data.dataset import EvalDataset, TarDataset
 from dsmim.data.from_recipe import open_reader, training_shards
-from dsmim.shards.index import fingerprint
 from dsmim.data.loader import train_loader
 from dsmim.data.order import stream_key, training_order
+from dsmim.engine.runtime import Runtime, joined
+from dsmim.engine.watch import Watch
+from dsmim.engine.zero import Engine, StepResult
+from dsmim.evaluate import open_validation, to_device, validate
 from dsmim.health import replay
 from dsmim.health.host import merge
 from dsmim.health.interrupt import Interrupt
 from dsmim.health.outcome import Stopped
-from dsmim.checkpoint.restore import restore
-from dsmim.checkpoint.run_directory import RunDirectory, open_run
-from dsmim.engine.runtime import Runtime, joined
-from dsmim.checkpoint.saving import Saver
-from dsmim.checkpoint.zero_layouts import ORDER
-from dsmim.engine.watch import Watch
-from dsmim.engine.zero import Engine, StepResult
-from dsmim.evaluate import open_validation, to_device, validate
 from dsmim.log import Clock, Log
-from dsmim.weights.match import State
 from dsmim.plan import Plan, plan
 from dsmim.recipe import Recipe
+from dsmim.shards.index import fingerprint
 from dsmim.tasks import Task, build_task
 from dsmim.tasks.base import Batch
 from dsmim.weights.files import warm_start
+from dsmim.weights.match import State
 
 
 def fit(recipe: Recipe, run_dir: Path, fork: bool = False, interrupt: Interrupt | None = None) -> bool:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dsmim.checkpoint.run_directory import RunDirectory
-from dsmim.engine.runtime import Runtime
 from dsmim.checkpoint.saving import UNIVERSAL
 from dsmim.checkpoint.scatter import place
 from dsmim.checkpoint.universal import convert
+from dsmim.engine.runtime import Runtime
 from dsmim.engine.zero import Engine
 
 

@@ -18,9 +18,9 @@ from typing import Any
 
 from dsmim.checkpoint.reading import FORMAT, MANIFEST, STATE, candidates, name_of, read_state, step_of
 from dsmim.engine.digest import entry_of
-from dsmim.health.outcome import Stopped
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.zero import Engine
+from dsmim.health.outcome import Stopped
 from dsmim.recipe import Checkpoint
 
 UNIVERSAL = "universal"

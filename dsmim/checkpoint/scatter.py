@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsmim.checkpoint.universal import checksum, read_manifest, read_module, read_parameter
 from dsmim.engine.construct import saved_buffers
 from dsmim.engine.runtime import Runtime
-from dsmim.checkpoint.universal import checksum, read_manifest, read_module, read_parameter
 from dsmim.engine.zero import Engine, group_members, own_part
 
 Manifest = dict[str, Any]

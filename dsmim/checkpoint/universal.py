@@ -22,10 +22,10 @@ import torch
 from tqdm import tqdm
 
 from dsmim.checkpoint.reading import MANIFEST, check_files
-from dsmim.engine.digest import Entry, Hashed, sha256
-from dsmim.engine.runtime import Runtime
 from dsmim.checkpoint.saving import fresh_folder
 from dsmim.checkpoint.zero_shards import Shards
+from dsmim.engine.digest import Entry, Hashed, sha256
+from dsmim.engine.runtime import Runtime
 
 FORMAT = 1
 MODEL = "mp_rank_00_model_states.pt"

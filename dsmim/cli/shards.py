@@ -81,8 +81,8 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(options) -> None:
-    from dsmim.packing.writer import Writing, build
     from dsmim.packing.sources import filter_sources, read_sources, split_sources
+    from dsmim.packing.writer import Writing, build
     from dsmim.shards.subset import read_list
 
     sources, classes = read_sources(options.source, options.root, options.index_dir)

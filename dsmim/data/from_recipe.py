@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dsmim.data.reader import ShardReader
+from dsmim.recipe import Data, required
 from dsmim.shards.cache import ShardCache
 from dsmim.shards.index import ShardIndex
-from dsmim.data.reader import ShardReader
-from dsmim.shards.remote import is_remote
 from dsmim.shards.opening import open_shards
-from dsmim.recipe import Data, required
+from dsmim.shards.remote import is_remote
 
 GB = 10**9
 

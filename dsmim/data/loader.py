@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from dsmim.data.dataset import EvalDataset, TarDataset, collate
-from dsmim.shards.forking import ForkContext
 from dsmim.data.order import rank_positions
+from dsmim.shards.forking import ForkContext
 
 
 class _MicroBatches(Sampler):

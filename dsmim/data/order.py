@@ -17,8 +17,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from dsmim.shards.index import ShardIndex
 from dsmim.recipe import Recipe
+from dsmim.shards.index import ShardIndex
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dsmim.cluster.placement import Placement, detect
 from dsmim.health.heartbeat import Heartbeat, is_lost_peer, set_timeout
 from dsmim.health.host import HostMonitor
 from dsmim.health.outcome import FAILED, LOST, LostPeer, Stopped
-from dsmim.cluster.placement import Placement, detect
 
 
 @dataclass(frozen=True)

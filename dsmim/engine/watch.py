@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from dsmim.health.outcome import Stopped
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.zero import StepResult
+from dsmim.health.outcome import Stopped
 from dsmim.recipe import Recipe
 
 LOSSES = 20  # steps over which a loss is averaged before it is judged

@@ -10,8 +10,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from dsmim.health.blame import Entry
 from dsmim.cluster.placement import Placement
+from dsmim.health.blame import Entry
 
 
 class Board:

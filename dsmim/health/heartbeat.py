@@ -21,10 +21,10 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from dsmim.cluster.placement import Placement
 from dsmim.health.blame import BROKEN, ENDED, JUDGED, WORKING, Entry, blame, whereabouts
 from dsmim.health.board import Board, agent_keeps_store, store_lost
 from dsmim.health.outcome import FAILED, LOST
-from dsmim.cluster.placement import Placement
 
 INTERVAL = 2.0  # seconds between two beats
 GRACE = 30.0  # seconds for a collective's own timeout, which knows more, to speak before the watchdog does

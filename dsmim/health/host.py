@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 
-from dsmim.health.memory_limit import Limit, memory_limit
 from dsmim.cluster.placement import Placement
+from dsmim.health.memory_limit import Limit, memory_limit
 
 AGAIN = 600.0  # seconds after which a warning that still holds is repeated
 BETTER = 1.5  # times the limit of a warning that must be left again before it may be given anew

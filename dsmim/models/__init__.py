@@ -1,10 +1,10 @@
 """Networks only: built by name, plain torch, no engine and no data."""
 
+from dsmim.models.attention.window import fix_position_bias
 from dsmim.models.blocks import Recompute, compile_blocks
 from dsmim.models.build import materialise, materialised
 from dsmim.models.registry import create_model, layer_ids, model_names, set_recompute, timm_arguments
 from dsmim.models.simmim import SimMIM
-from dsmim.models.attention.window import fix_position_bias
 
 __all__ = [
     "Recompute",

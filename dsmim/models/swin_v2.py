@@ -13,8 +13,8 @@ from timm.layers import ClassifierHead, Mlp, PatchEmbed
 from torch import nn
 from torch.nn import functional as F
 
-from dsmim.models.blocks import Recompute, run
 from dsmim.models.attention.window import WindowAttention
+from dsmim.models.blocks import Recompute, run
 
 PATCH = 4  # pixels; every published size uses it
 MASKED = -100.0  # microsoft/Swin-Transformer: added to scores between tokens that are no neighbours

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsmim.data.order import permutation
-from dsmim.shards.remote import is_remote
 from dsmim.shards.opening import open_shards
+from dsmim.shards.remote import is_remote
 from dsmim.shards.tar import is_image, read_sample
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dsmim.shards.index import describe, index_file, read_index
+from dsmim.shards.opening import expand, local_copy
 from dsmim.shards.parallel import parallel
 from dsmim.shards.remote import is_remote
-from dsmim.shards.opening import expand, local_copy
 from dsmim.shards.tar import NO_LABEL, Sample, is_image, read_sample
 
 

@@ -20,10 +20,10 @@ from pathlib import Path
 import webdataset
 from PIL import Image
 
+from dsmim.packing.sources import Source
 from dsmim.shards.index import ShardIndex, describe, index_file, read_index, write_atomically, write_sidecar
 from dsmim.shards.parallel import parallel
 from dsmim.shards.pixels import open_rgb
-from dsmim.packing.sources import Source
 from dsmim.shards.tar import is_image
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from dsmim.recipe.schema import Recipe
 from dsmim.recipe.errors import RecipeError, explain
+from dsmim.recipe.schema import Recipe
 
 # Keys that may differ at a resume: they change how fast or how observably a run goes, not what it learns. data.train
 # may name other paths because the fingerprint of what lies there may not differ.

@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 
 from dsmim.checkpoint import reading, zero_shards
 from dsmim.models import create_model, timm_arguments
-from dsmim.weights import layouts
 from dsmim.models.foreign import PREFIX
 from dsmim.models.swin_v2 import SwinTransformerV2
-from dsmim.weights.match import State
 from dsmim.recipe import Recipe
+from dsmim.weights import layouts
+from dsmim.weights.match import State
 
 LAYOUTS = ("timm", "authors", "dsmim")
 SUFFIXES = (".safetensors", ".pth")

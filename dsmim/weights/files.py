@@ -17,8 +17,8 @@ from torch import nn
 
 from dsmim.checkpoint import reading, zero_shards
 from dsmim.weights import swin_windows
-from dsmim.weights.swin_windows import Windows
 from dsmim.weights.match import LoadReport, State, Weights, match
+from dsmim.weights.swin_windows import Windows
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 CONTAINERS = ("model", "state_dict", "module")  # DeiT, MAE, Swin, BEiT; Lightning, timm; DeepSpeed, BEiT v2

@@ -9,8 +9,8 @@ import torch
 from timm.data import ImageNetInfo
 from torch import nn
 
-from dsmim.weights.layouts import Native
 from dsmim.models.swin_v2 import SwinTransformerV2
+from dsmim.weights.layouts import Native
 
 # Orders of a head of ImageNet-22K, as timm lists them: of the synsets' names, and microsoft/FocalNet's, whose first
 # 1,000 rows are ImageNet-1K's.

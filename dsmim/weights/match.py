@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from dsmim.weights import heads, positions, swin_windows
-from dsmim.weights.layouts import MIM_ONLY, Native, to_native
 from dsmim.models.simmim import SimMIM
 from dsmim.models.swin_v2 import SwinTransformerV2
+from dsmim.weights import heads, positions, swin_windows
+from dsmim.weights.layouts import MIM_ONLY, Native, to_native
 from dsmim.weights.swin_windows import Windows
 
 State = dict[str, torch.Tensor]

@@ -8,10 +8,10 @@ import torch
 from torchvision.io import write_png
 from torchvision.utils import make_grid
 
+from dsmim.checkpoint import reading
 from dsmim.data.dataset import EvalDataset, collate
 from dsmim.data.from_recipe import open_reader, validation_shards
 from dsmim.data.transforms import normalise
-from dsmim.checkpoint import reading
 from dsmim.evaluate import recipe_of, weights_for
 from dsmim.models.simmim import sliding_statistics
 from dsmim.tasks import build_task

@@ -114,10 +114,10 @@ def test_time_must_leave_some_for_training(home, capsys):
 def test_a_run_with_another_recipe_needs_fork(home, capsys):
     saved = home / "run/checkpoints/step_00000002"
     saved.mkdir(parents=True)
-    from dsmim.data.from_recipe import training_shards
-    from dsmim.shards.index import fingerprint
     from dsmim.checkpoint.reading import FORMAT
+    from dsmim.data.from_recipe import training_shards
     from dsmim.recipe.reading import load_recipe
+    from dsmim.shards.index import fingerprint
 
     recipe = load_recipe("r.yaml")
     state = {"format": FORMAT, "recipe": recipe.model_dump(mode="json")}

@@ -18,9 +18,9 @@ from dsmim.data.loader import train_loader
 from dsmim.data.masking import RandomMask
 from dsmim.data.order import Order
 from dsmim.data.reader import ShardReader
-from dsmim.shards.opening import open_shards
 from dsmim.data.transforms import train_transform
 from dsmim.recipe import Augment
+from dsmim.shards.opening import open_shards
 
 FULL = Augment(vflip=0.5, rand_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5)
 BATCH = 12

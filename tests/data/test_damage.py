@@ -14,14 +14,14 @@ from PIL import Image
 
 from dsmim.data.dataset import TarDataset
 from dsmim.data.decode import MAX_PIXELS, Undecodable, decode, image_size
-from dsmim.shards.index import write_index
 from dsmim.data.loader import train_loader
 from dsmim.data.order import Order
 from dsmim.data.reader import DataError, ShardReader
-from dsmim.shards.opening import open_shards
 from dsmim.data.transforms import train_transform
 from dsmim.packing.verify import verify
 from dsmim.recipe import Augment
+from dsmim.shards.index import write_index
+from dsmim.shards.opening import open_shards
 from tests.conftest import image_bytes, make_shards, write_tar
 
 

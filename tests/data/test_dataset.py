@@ -13,13 +13,13 @@ from torchvision.transforms.v2 import functional as TF
 
 from dsmim.data.dataset import EvalDataset, collate
 from dsmim.data.decode import Undecodable, decode
-from dsmim.shards.index import write_index
 from dsmim.data.loader import eval_loader, train_loader
 from dsmim.data.reader import DataError, ShardReader
-from dsmim.shards.opening import open_shards
 from dsmim.data.streams import seeded
 from dsmim.data.transforms import eval_transform, normalise, train_transform
 from dsmim.recipe import Augment
+from dsmim.shards.index import write_index
+from dsmim.shards.opening import open_shards
 from tests.conftest import image_bytes, write_tar
 from tests.data.loading import dataset
 

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsmim.checkpoint.scatter import place
+from dsmim.checkpoint.universal import convert
+from dsmim.checkpoint.zero_layouts import ORDER
 from dsmim.cluster.placement import free_port
 from dsmim.engine.runtime import Runtime, start, stop
-from dsmim.checkpoint.scatter import place
 from dsmim.engine.schedule import resolve
-from dsmim.checkpoint.zero_layouts import ORDER
-from dsmim.checkpoint.universal import convert
 from dsmim.engine.zero import Engine
 from dsmim.recipe.reading import parse_recipe
 

@@ -142,7 +142,9 @@ def every_rank_has_rank_0_s_weights(runtime, stage: int | str, out: Path) -> Non
             assert torch.equal(weights[name], value), (stage, name)
     for name in given:
         everybody = runtime.gather(weights[name].tolist())
-        assert everybody[0] == everybody[1] and (not runtime.is_rank_zero or torch.equal(weights[name], given[name])), name
+        assert everybody[0] == everybody[1] and (not runtime.is_rank_zero or torch.equal(weights[name], given[name])), (
+            name
+        )
     engine.close()
 
 

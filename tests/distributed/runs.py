@@ -14,8 +14,8 @@ import yaml
 
 from benchmarks.kill_resume_compare import leaves, stream
 from dsmim.checkpoint.reading import locate
-from dsmim.cluster.placement import free_port
 from dsmim.checkpoint.zero_shards import weights
+from dsmim.cluster.placement import free_port
 from tests.conftest import ROOT, environment, tiny_recipe
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsmim.health import replay
 from dsmim.checkpoint.reading import locate
-from dsmim.cluster.placement import free_port
 from dsmim.checkpoint.zero_shards import weights
+from dsmim.cluster.placement import free_port
+from dsmim.health import replay
 from tests.conftest import ROOT, dsmim, environment, run, tiny_recipe, two_ranks
 from tests.distributed.runs import (
     assert_same_bytes,

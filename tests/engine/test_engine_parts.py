@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dsmim.cluster.placement import detect, expand_counts
 from dsmim.engine.construct import autocast_modules, move_buffers
 from dsmim.engine.optim import build_optimizer, parameter_groups
-from dsmim.health.outcome import Stopped
-from dsmim.cluster.placement import detect, expand_counts
 from dsmim.engine.schedule import resolve
 from dsmim.engine.watch import Watch
 from dsmim.engine.zero import StepResult
+from dsmim.health.outcome import Stopped
 from dsmim.models import create_model, layer_ids
 from dsmim.recipe import Duration, Optim, Schedule
 from dsmim.recipe.reading import parse_recipe

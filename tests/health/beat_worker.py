@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dsmim.health.heartbeat import Heartbeat, is_lost_peer, set_timeout
 from dsmim.cluster.placement import detect
+from dsmim.health.heartbeat import Heartbeat, is_lost_peer, set_timeout
 
 LIMIT = 2.0  # seconds
 INTERVAL = 0.4

@@ -9,10 +9,10 @@ import time
 import pytest
 import torch.distributed as dist
 
+from dsmim.cluster.placement import Placement, free_port
 from dsmim.health.blame import BROKEN, ENDED, JUDGED, WORKING, Entry, blame
 from dsmim.health.board import Board
 from dsmim.health.heartbeat import Heartbeat, is_lost_peer
-from dsmim.cluster.placement import Placement, free_port
 from tests.health.beat_worker import INTERVAL, LIMIT, rank_main, watched_main
 
 PROCESSES = multiprocessing.get_context("forkserver")  # forked where torch is imported and nothing else has happened

@@ -9,10 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dsmim.cluster.placement import detect
 from dsmim.health import host
 from dsmim.health.host import HostMonitor, describe, merge
 from dsmim.health.memory_limit import memory_limit
-from dsmim.cluster.placement import detect
 from tests.conftest import run
 
 PLACE = detect({})

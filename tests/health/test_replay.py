@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
+from dsmim.cluster.placement import detect
 from dsmim.data.loader import train_loader
 from dsmim.data.order import stream_key
-from dsmim.health import replay
-from dsmim.cluster.placement import detect
 from dsmim.engine.runtime import Runtime
+from dsmim.health import replay
 from dsmim.recipe.reading import parse_recipe
 from dsmim.tasks import build_task
 from dsmim.train import training_data

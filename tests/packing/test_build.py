@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from dsmim.data.decode import decode
-from dsmim.shards.index import read_index, write_index
-from dsmim.packing.writer import Writing, build
-from dsmim.shards.opening import open_shards
 from dsmim.packing.sources import filter_sources, read_sources, split_sources
 from dsmim.packing.verify import verify, verify_all
+from dsmim.packing.writer import Writing, build
+from dsmim.shards.index import read_index, write_index
+from dsmim.shards.opening import open_shards
 from tests.conftest import dsmim, environment, image_bytes, make_shards, write_tar
 from tests.shards.test_opening import samples_of
 

@@ -10,12 +10,12 @@ import yaml
 
 from dsmim.cli.main import main
 from dsmim.data.from_recipe import open_reader, training_shards
-from dsmim.shards.index import fingerprint
 from dsmim.data.order import Order
 from dsmim.data.reader import ShardReader
-from dsmim.shards.opening import index_all, open_shards
 from dsmim.packing.verify import verify_all
 from dsmim.recipe import Data
+from dsmim.shards.index import fingerprint
+from dsmim.shards.opening import index_all, open_shards
 from tests.conftest import dsmim, make_shards, tiny_recipe, two_ranks
 
 

@@ -14,10 +14,10 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsmim.shards.index import fingerprint, read_index, write_index
-from dsmim.shards.index import index_file as index_name
 from dsmim.data.order import stream_key
 from dsmim.data.reader import ShardReader
+from dsmim.shards.index import fingerprint, read_index, write_index
+from dsmim.shards.index import index_file as index_name
 from dsmim.shards.opening import expand, index_all, open_shards
 from dsmim.shards.subset import choose, find, read_list, write_list
 from dsmim.shards.tar import parse_sample, split_member

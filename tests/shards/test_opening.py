@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dsmim.shards.index import index_file
-from dsmim.packing.writer import Writing, build
-from dsmim.shards.opening import expand, open_shards
 from dsmim.packing.sources import read_sources, split_sources
+from dsmim.packing.writer import Writing, build
+from dsmim.shards.index import index_file
+from dsmim.shards.opening import expand, open_shards
 from dsmim.shards.tar import parse_sample
 from tests.conftest import dsmim, image_bytes, make_shards, write_tar
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmim.cli.main import main
-from dsmim.shards.index import fingerprint, write_index
 from dsmim.data.order import Order
 from dsmim.data.reader import DataError, ShardReader
+from dsmim.shards.index import fingerprint, write_index
 from dsmim.shards.opening import open_shards
 from dsmim.shards.subset import choose
 from tests.conftest import dsmim, image_bytes, make_shards, tiny_recipe, write_tar

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from dsmim.models import create_model
-from dsmim.weights.match import complete, match
 from dsmim.weights.files import read, warm_start
+from dsmim.weights.match import complete, match
 from tests.weights.weight_files import (
     beit_as_pretrained,
     deit_as_published,

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from dsmim.models import SimMIM, create_model
 from dsmim.models.vit import DeiT3
-from dsmim.weights.match import match
 from dsmim.weights.files import warm_start
+from dsmim.weights.match import match
 from tests.conftest import tiny_recipe
 from tests.weights.weight_files import (
     TINY,

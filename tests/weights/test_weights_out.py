@@ -10,12 +10,12 @@ import torch
 from timm.models.vision_transformer import ParallelThingsBlock
 
 from dsmim.cli.main import main
-from dsmim.weights.export import LAYOUTS, export, swin_as_authors
 from dsmim.models import SimMIM, create_model
-from dsmim.weights.layouts import to_deit, to_native
 from dsmim.models.vit import DeiT3
-from dsmim.weights.match import Weights, match
+from dsmim.weights.export import LAYOUTS, export, swin_as_authors
 from dsmim.weights.files import read, warm_start
+from dsmim.weights.layouts import to_deit, to_native
+from dsmim.weights.match import Weights, match
 from tests.conftest import tiny_recipe
 from tests.weights.weight_files import (
     VIT,

@@ -14,8 +14,8 @@ from timm.models.vision_transformer import ParallelThingsBlock
 from torch import nn
 
 from dsmim.models import SimMIM, create_model, materialise
-from dsmim.weights.match import Weights
 from dsmim.weights.files import warm_start
+from dsmim.weights.match import Weights
 
 SWIN = dict(embed_dim=32, depths=(1, 1, 3, 1), num_heads=(1, 2, 4, 8))  # swinv2_nano's
 VIT = dict(embed_dim=96, depth=4, num_heads=3)  # deit3_nano_patch16's
