@@ -17,7 +17,8 @@ from dsmim.recipe.reading import differences
 
 @dataclass
 class RunDirectory:
-    """An opened run. `resume_from` and `state` are set when there is a valid checkpoint."""
+    """The directory of a run. `open` locks it and sets `resume_from` and `state` when there is a valid checkpoint; as a
+    context manager it releases the lock at the end."""
 
     path: Path
     resume_from: Path | None = None
@@ -25,6 +26,13 @@ class RunDirectory:
     notes: list[str] = field(default_factory=list)
     """What the user should read: checkpoints passed over, a forked recipe."""
     lock: TextIO | None = None
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.lock is not None:
+            self.lock.close()
 
     @property
     def checkpoints(self) -> Path:
@@ -41,6 +49,11 @@ class RunDirectory:
         return self.state.get("samples_consumed", 0)
 
     @property
+    def saved(self) -> int | None:
+        """The step of the checkpoint that the run resumes from."""
+        return None if self.resume_from is None else self.step
+
+    @property
     def validation_due(self) -> bool:
         """Whether the run was asked to stop while it validated at `step`."""
         return self.state.get("validation_due", False)
@@ -49,28 +62,28 @@ class RunDirectory:
         """Whether so many ranks at this ZeRO stage can load the checkpoint as it is. At stage 0 nothing is cut up."""
         return self.state["zero_stage"] == stage and (stage == 0 or self.state["world_size"] == world_size)
 
+    def open(self, recipe: Recipe, data: str, runtime: Runtime, fork: bool) -> None:
+        """Lock the directory and find the checkpoint to resume from. Collective.
 
-def open_run(path: Path, recipe: Recipe, data: str, runtime: Runtime, fork: bool) -> RunDirectory:
-    """Take the directory, and find where to go on. Collective; every error reaches all ranks.
+        data: fingerprint of the training shards. Raises Stopped when another live run holds the directory, and, unless
+        fork, when the recipe or the data differ from those of the run.
+        """
+        with runtime.all_or_none():
+            self.lock = _take(self.path) if runtime.is_rank_zero else None
+            self.resume_from, self.notes = reading.find_valid(self.checkpoints, runtime)
+            if self.resume_from is not None:
+                self.state = runtime.on_rank_zero(lambda: reading.read_state(self.resume_from))
+                self._compare(recipe, data, fork)
+            elif self.notes:
+                _none_left(self.path, self.notes)
+            runtime.on_rank_zero(lambda: reading.set_aside(self.checkpoints, newer_than=self.step))
+            runtime.on_rank_zero(lambda: (self.path / "recipe.yaml").write_text(recipe.to_yaml()))
 
-    data: fingerprint of the training shards. Raises Stopped when another live run holds the directory, and, unless
-    fork, when the recipe or the data differ from those of the run.
-    """
-    run = RunDirectory(path)
-    with runtime.all_or_none():
-        run.lock = _take(path) if runtime.is_rank_zero else None
-        run.resume_from, run.notes = reading.find_valid(run.checkpoints, runtime)
-        if run.resume_from is not None:
-            run.state = runtime.on_rank_zero(lambda: reading.read_state(run.resume_from))
-            changes = changes_of(run.state, recipe, data)
-            if changes and not fork:
-                _refuse(path, changes)
-            run.notes += [f"forked: {change}" for change in changes]
-        elif run.notes:
-            _none_left(path, run.notes)
-        runtime.on_rank_zero(lambda: reading.set_aside(run.checkpoints, newer_than=run.step))
-        runtime.on_rank_zero(lambda: (path / "recipe.yaml").write_text(recipe.to_yaml()))
-    return run
+    def _compare(self, recipe: Recipe, data: str, fork: bool) -> None:
+        changes = changes_of(self.state, recipe, data)
+        if changes and not fork:
+            _refuse(self.path, changes)
+        self.notes += [f"forked: {change}" for change in changes]
 
 
 def _take(path: Path) -> TextIO:

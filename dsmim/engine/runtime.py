@@ -16,10 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dsmim.cluster.placement import Placement, detect
+from dsmim.cluster.placement import TORCH_VARIABLES, Placement, detect
 from dsmim.health.heartbeat import Heartbeat, is_lost_peer, set_timeout
 from dsmim.health.host import HostMonitor
 from dsmim.health.outcome import FAILED, LOST, LostPeer, Stopped
+
+_CHANGED = (*TORCH_VARIABLES, "DS_ACCELERATOR", "OMPI_COMM_WORLD_LOCAL_RANK")
+"""Environment variables that `start` sets or removes."""
 
 
 @dataclass(frozen=True)
@@ -157,30 +160,43 @@ def start(timeout_minutes: float = 10) -> Runtime:
 
 @contextmanager
 def joined(timeout_minutes: float = 10, low_memory: float = 0.05) -> Iterator[Runtime]:
-    """A started process group with its heartbeat, left at the end. After an error that only this rank knows of it is
-    not left in good order: that would wait for ranks that wait for this one; the launcher ends them.
+    """Join a process group with a heartbeat, and leave both at the end.
 
     low_memory: share of a node's memory left at which to warn. Raises LostPeer in place of what a collective raises
-    when another rank does not answer.
+    when another rank does not answer. After an error that only one of several ranks knows of, the group is not left:
+    that would wait for ranks that wait for this one; the launcher ends them.
     """
-    runtime = start(timeout_minutes)
-    set_timeout(60 * timeout_minutes)  # on accelerators with some slack, see there
-    host = HostMonitor(runtime.place, lambda text: print(text, file=sys.stderr, flush=True), low_memory)
-    watch = host.watch if runtime.place.local_rank == 0 else lambda: None
-    beat = Heartbeat(runtime.place, 60 * timeout_minutes, watch)
-    try:
-        yield replace(runtime, timeout_minutes=timeout_minutes, beat=beat, host=host)
-    except Stopped:
+    with _environment_restored():
+        runtime = start(timeout_minutes)
+        set_timeout(60 * timeout_minutes)  # on accelerators with some slack, see there
+        host = HostMonitor(runtime.place, lambda text: print(text, file=sys.stderr, flush=True), low_memory)
+        watch = host.watch if runtime.place.local_rank == 0 else lambda: None
+        beat = Heartbeat(runtime.place, 60 * timeout_minutes, watch)
+        try:
+            yield replace(runtime, timeout_minutes=timeout_minutes, beat=beat, host=host)
+        except BaseException as error:
+            if is_lost_peer(error):
+                raise _lost(runtime, beat, error) from error
+            beat.close()  # tells the others that this rank left because of its own error
+            if isinstance(error, Stopped) or runtime.world_size == 1:
+                stop()
+            raise
         beat.close()
         stop()
-        raise
-    except BaseException as error:
-        if is_lost_peer(error):
-            raise _lost(runtime, beat, error) from error
-        beat.close()  # tells the others that this rank left by itself
-        raise
-    beat.close()
-    stop()
+
+
+@contextmanager
+def _environment_restored() -> Iterator[None]:
+    """Undo at the end what `start` changes in the environment, so that a process can train more than once."""
+    before = {name: os.environ.get(name) for name in _CHANGED}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _lost(runtime: Runtime, beat: Heartbeat, error: BaseException) -> LostPeer:
@@ -191,7 +207,9 @@ def _lost(runtime: Runtime, beat: Heartbeat, error: BaseException) -> LostPeer:
 def stop() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        import deepspeed
+
+        deepspeed.comm.destroy_process_group()  # also forgets the group objects that DeepSpeed keeps for a next use
 
 
 def _join(place: Placement, accelerated: bool, timeout: timedelta) -> None:

@@ -25,7 +25,15 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self._waiting = False
+        self._waiting = self._timed = False
+
+    def __enter__(self) -> Interrupt:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Cancel the timer of `stop_before`: in a notebook the process outlives the run."""
+        if self._timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def listen(self) -> None:
         """Take SIGUSR1, SIGUSR2 and SIGTERM as requests to stop, from the main thread. Further ones change nothing."""
@@ -41,6 +49,7 @@ class Interrupt:
         left = end - time.time()
         clock = time.strftime("%H:%M:%S", time.localtime(end))
         signal.signal(signal.SIGALRM, lambda *_: self._ask(f"the job ends at {clock}"))
+        self._timed = True
         signal.setitimer(signal.ITIMER_REAL, max(left - 60 * minutes, left / 2, 0.001))
 
     def fetch(self, batches: Iterator[Any]) -> Any | None:

@@ -14,8 +14,8 @@ from dsmim.data.order import stream_key
 from dsmim.engine.runtime import Runtime
 from dsmim.health import replay
 from dsmim.recipe.reading import parse_recipe
+from dsmim.session import training_data
 from dsmim.tasks import build_task
-from dsmim.train import training_data
 from tests.conftest import run, tiny_recipe
 
 CLASSIFY = {"name": "classify", "num_classes": 3, "mixup": 0.8, "cutmix": 1.0}
