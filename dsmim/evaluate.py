@@ -1,4 +1,4 @@
-"""Exact evaluation: every sample once, the same figures at any world size."""
+"""Exact evaluation: every sample counts once, and the figures are the same at any world size."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from dsmim.weights.match import State, complete
 
 
 def evaluate(path: Path, overrides: list[str], which: str = "fp32") -> dict[str, Any]:
-    """Measure a checkpoint (or a run's newest valid one) on data.val. Every rank calls it; all get the figures.
-    which: its weights, or "ema" for their moving average.
+    """Measure a checkpoint, or a run's newest valid one, on data.val. Every rank calls it and gets the figures.
 
-    The model is whole on every rank, without DeepSpeed, whatever ZeRO stage wrote the checkpoint. Raises ValueError.
+    which: "fp32" for the weights, "ema" for their moving average. Every rank holds the whole model, without DeepSpeed,
+    for checkpoints of any ZeRO stage. Raises ValueError for what a user can fix.
     """
     with joined() as runtime:
         found = runtime.on_rank_zero(lambda: str(reading.locate(path)))
@@ -42,24 +42,25 @@ def evaluate(path: Path, overrides: list[str], which: str = "fp32") -> dict[str,
         runtime.broadcast(task.model)
         model = _Autocast(task.model, recipe, runtime)
         figures = validate(model, task, data, recipe, runtime, Interrupt())
-        assert figures is not None  # nothing listens to signals here: there is nothing to save
+        assert figures is not None  # nothing asks this Interrupt to stop: an evaluation has nothing to save
         return {"checkpoint": found, "data": recipe.data.val, **figures}
 
 
 def recipe_of(path: Path, overrides: list[str]) -> Recipe:
-    """The recipe a checkpoint was trained with, `key=value` overrides applied."""
+    """Return the recipe that a checkpoint was trained with, changed by `key=value` overrides."""
     return apply_overrides(reading.read_state(path)["recipe"], str(path), overrides)
 
 
 def weights_for(task: Task, found: Path, which: str = "fp32") -> State:
-    """A checkpoint's weights for the task's model; see Task.fill. Raises ValueError when they are another model's."""
+    """Return a checkpoint's weights for Task.fill. Raises ValueError when they belong to another model."""
     return complete(task.model, zero_shards.weights(found, which), str(found))
 
 
 def open_validation(recipe: Recipe, task: Task, runtime: Runtime) -> EvalDataset:
-    """The recipe's validation samples. Collective: rank 0 opens the indexes for all. Raises ValueError without any."""
-    shards = runtime.on_rank_zero(lambda: validation_shards(recipe.data))
+    """Open the recipe's validation samples. Collective: rank 0 opens the index files for all ranks. Raises Stopped when
+    shards or index files are missing."""
     with runtime.all_or_none():
+        shards = runtime.on_rank_zero(lambda: validation_shards(recipe.data))
         reader = open_reader(recipe.data, shards, window=1)
     return EvalDataset(reader, task.eval_sample, task.classes)
 
@@ -68,8 +69,10 @@ def open_validation(recipe: Recipe, task: Task, runtime: Runtime) -> EvalDataset
 def validate(
     model: Any, task: Task, data: EvalDataset, recipe: Recipe, runtime: Runtime, interrupt: Interrupt
 ) -> dict[str, float] | None:
-    """The task's metrics over the whole set; None when a rank was asked to stop before its end. Collective; model is
-    the engine, or a module with eval()."""
+    """Return the task's metrics over the whole set; None when a rank was asked to stop before the end. Collective.
+
+    model: the engine, or a module.
+    """
     model.eval()
     pin = runtime.device.type == "cuda"
     workers = min(recipe.data.workers, 4)
@@ -90,12 +93,12 @@ def validate(
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Tensors to the device (images still uint8), the rest as it is."""
+    """Copy the batch's tensors to the device; images stay uint8."""
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 class _Autocast:
-    """A plain module called as the engine calls it: under bf16 autocast if the recipe trains so."""
+    """A plain module, called as the engine calls it: under bf16 autocast if the recipe trains in bf16."""
 
     def __init__(self, model: torch.nn.Module, recipe: Recipe, runtime: Runtime):
         self.model, self.device = model, runtime.device.type

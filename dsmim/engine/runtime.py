@@ -1,4 +1,4 @@
-"""The process group and this process's device."""
+"""The process group, this process's device, and what ranks exchange outside of the model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Runtime:
     place: Placement
     device: torch.device
     timeout_minutes: float = 10
-    """How long ranks wait for one another, except in training's steps."""
+    """How long ranks wait for one another outside of training steps."""
     beat: Heartbeat | None = None
     host: HostMonitor | None = None
 
@@ -119,16 +119,16 @@ class Runtime:
         return values
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor summed over ranks, in place."""
+        """Sum the tensor over ranks, in place."""
         dist.all_reduce(tensor)
         return tensor
 
     def any(self, *flags: bool) -> list[bool]:
-        """Of each flag, whether it is set on any rank."""
+        """Return for each flag whether it is set on any rank."""
         return [count > 0 for count in self.sum(torch.tensor(flags, dtype=torch.int32, device=self.device)).tolist()]
 
     def broadcast(self, module: nn.Module) -> None:
-        """Rank 0's parameters and saved buffers to all ranks, in place."""
+        """Give every rank the parameters and saved buffers of rank 0, in place."""
         for tensor in module.state_dict().values():
             dist.broadcast(tensor, src=0)
 
@@ -149,7 +149,7 @@ def start(timeout_minutes: float = 10) -> Runtime:
         "MASTER_ADDR": place.master_addr,
         "MASTER_PORT": str(place.master_port),
     }
-    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # DeepSpeed insists that it equals LOCAL_RANK
+    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # DeepSpeed requires that it equals LOCAL_RANK
     if accelerated:
         torch.cuda.set_device(index)
     elif "OMP_NUM_THREADS" not in os.environ:
@@ -217,10 +217,10 @@ def _join(place: Placement, accelerated: bool, timeout: timedelta) -> None:
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed calls collectives by names that newer torch deprecates: four lines per step and rank.
+    # DeepSpeed calls collectives by names that newer torch deprecates, which would print four lines per step and rank.
     warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
     if not accelerated:
-        # DeepSpeed would compile a shared-memory collective at first use (a minute, and a compiler); gloo does.
+        # Otherwise DeepSpeed compiles a shared-memory collective at first use, which takes a compiler and a minute.
         deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(
         dist_backend="nccl" if accelerated else "gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False
@@ -234,7 +234,10 @@ def _device_index(place: Placement) -> int:
         return place.local_rank
     if visible == 1 and place.launcher == "srun":  # one bound GPU per task, as `srun --gpus-per-task=1` gives
         return 0
-    raise ValueError(f"local rank {place.local_rank} has no GPU of its own: {visible} are visible on this node")
+    raise ValueError(
+        f"local rank {place.local_rank} has no GPU of its own: {visible} are visible on this node; start as many ranks "
+        "per node as there are GPUs, or set DS_ACCELERATOR=cpu"
+    )
 
 
 def _merge(said: list[str | None]) -> str:

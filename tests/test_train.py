@@ -1,0 +1,78 @@
+"""`fit` as a notebook calls it: several times in one process, with errors and interruptions in between."""
+
+import json
+
+import pytest
+import torch
+
+from dsmim.checkpoint.reading import locate
+from dsmim.checkpoint.zero_shards import weights
+from tests.conftest import dsmim, run, tiny_recipe
+
+NOTEBOOK = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from dsmim.recipe.reading import parse_recipe
+from dsmim.train import fit
+import json
+
+folder, recipe = Path(sys.argv[1]), json.loads(sys.argv[2])
+
+def tiny(stage, **changes):
+    return parse_recipe(recipe | changes | {"engine": {"deepspeed": stage}}, "tiny")
+
+def environment():
+    return {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+
+def interrupt_when(path):
+    while not path.exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+
+before = environment()
+for name, stage in [("first", "zero3"), ("second", "zero3"), ("third", "zero0")]:
+    assert fit(tiny(stage), folder / name)
+    assert environment() == before
+
+try:
+    fit(tiny("zero3", seed=1), folder / "first")
+    raise SystemExit("another recipe was accepted")
+except ValueError as error:
+    assert "seed" in str(error), error
+assert fit(tiny("zero3"), folder / "first")  # neither lock nor process group is left behind
+
+checkpoint = folder / "stopped/checkpoints/step_00000002"
+threading.Thread(target=interrupt_when, args=[checkpoint]).start()
+try:
+    fit(tiny("zero3"), folder / "stopped")
+    raise SystemExit("was not interrupted")
+except KeyboardInterrupt:
+    pass
+assert fit(tiny("zero3"), folder / "stopped")
+assert environment() == before
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, shards):
+    folder = tmp_path_factory.mktemp("runs")
+    recipe = json.dumps(tiny_recipe(shards))
+    run("python", "-c", NOTEBOOK, folder, recipe)
+    (folder / "recipe.yaml").write_text(recipe)  # JSON is YAML
+    dsmim("train", folder / "recipe.yaml", "--run-dir", folder / "alone", "engine.deepspeed=zero3")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["first", "second", "stopped"])
+def test_each_run_equals_the_one_of_a_process_of_its_own(runs, name):
+    one, other = (weights(locate(runs / run)) for run in (name, "alone"))
+    assert one.keys() == other.keys() and len(one) > 100
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_another_stage_in_the_same_process_takes_the_same_steps(runs):
+    losses = [
+        [json.loads(line)["loss"] for line in (runs / name / "metrics.jsonl").read_text().splitlines() if "lr" in line]
+        for name in ("third", "alone")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-6) and len(losses[0]) == 6
