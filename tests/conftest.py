@@ -7,14 +7,38 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # a machine with GPUs runs the same tests
 ROOT = Path(__file__).parent.parent
+PATIENCE = "DSMIM_TEST_TIMEOUT_FACTOR"
+
+
+def patience(seconds: float) -> float:
+    """Return a deadline's seconds times the environment variable DSMIM_TEST_TIMEOUT_FACTOR (1 if it is not set).
+
+    Every deadline that a slow or busy machine may miss goes through here. Raises pytest.UsageError unless the variable
+    is a number of at least 1.
+    """
+    text = os.environ.get(PATIENCE, "1")
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if not 1 <= factor < float("inf"):
+        raise pytest.UsageError(f"{PATIENCE}={text!r}: give a number of at least 1; it multiplies the tests' deadlines")
+    return seconds * factor
+
+
+def pytest_configure() -> None:
+    patience(1)  # a wrong factor is reported once, before any test
 
 
 def image_bytes(number: int, side: int = 40, kind: str = "PNG") -> bytes:
@@ -85,14 +109,47 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path} | extra
 
 
-def run(*words: object, check: bool = True, cwd: Path = ROOT, timeout: float = 300, **env: str):
-    """Run a command to its end; with check, its failure shows what it printed."""
-    done = subprocess.run(
-        [str(word) for word in words], capture_output=True, text=True, cwd=cwd, env=environment(**env), timeout=timeout
-    )
-    if check and done.returncode:
-        pytest.fail(f"{words} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
-    return done
+def run(*words: object, check: bool = True, cwd: Path = ROOT, silence: float = 300, **env: str):
+    """Run a command to its end. With check, a failure of it fails the test and shows what it printed.
+
+    Kill it and fail when it prints nothing for `silence` seconds (see patience). However long it takes in all, output
+    is progress.
+    """
+    command = [str(word) for word in words]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=environment(**env)) as process:
+        try:
+            stdout, stderr = _output(process, patience(silence))
+        except BaseException:
+            _kill(process.pid)
+            raise
+    if check and process.returncode:
+        pytest.fail(f"{words} ended with {process.returncode}:\n{stdout[-3000:]}\n{stderr[-6000:]}")
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def _output(process: subprocess.Popen, silence: float) -> tuple[str, str]:
+    """Return stdout and stderr of a process that ends, or fail once it has printed nothing for so many seconds."""
+    printed, since = -1, 0.0
+    while True:
+        try:
+            return process.communicate(timeout=min(1.0, silence))
+        except subprocess.TimeoutExpired as so_far:
+            both = (so_far.output or b"") + (so_far.stderr or b"")
+        if len(both) != printed:
+            printed, since = len(both), time.monotonic()
+        elif time.monotonic() - since > silence:
+            said = both[-6000:].decode(errors="replace")
+            pytest.fail(f"{process.args} printed nothing for {silence:g} s and was killed; before:\n{said}")
+
+
+def _kill(number: int) -> None:
+    """Kill a process and all below it: a launcher's ranks would outlive it."""
+    with suppress(psutil.NoSuchProcess):
+        first = psutil.Process(number)
+        for member in [*first.children(recursive=True), first]:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
 
 
 def dsmim(*words: object, **options):

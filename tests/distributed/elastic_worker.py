@@ -246,6 +246,7 @@ def report(path: Path, found: dict[str, Any], runtime: Runtime) -> None:
     if runtime.is_rank_zero:
         path.parent.mkdir(exist_ok=True)
         torch.save(found, path)
+        print(path, flush=True)  # the launch's deadline follows what it prints
 
 
 def launch(out: Path, world: int, action: Callable[[Path, Runtime], None]) -> None:

@@ -121,6 +121,7 @@ def train(runtime, wanted: Configuration, out: Path) -> None:
     weights = whole_weights(engine)
     if runtime.is_rank_zero:
         torch.save({"losses": losses, "norms": norms, "weights": weights}, out / f"{wanted}.pt")
+        print(wanted, "trained", flush=True)  # the launch's deadline follows what it prints
     engine.close()
 
 
@@ -196,9 +197,11 @@ def main(out: Path) -> None:
         train(runtime, configuration, out)
     for stage in (0, 2, "3_all"):
         every_rank_has_rank_0_s_weights(runtime, stage, out)
+        print("weights of rank 0, stage", stage, flush=True)
     for stage in range(4):
         each_group_alone(runtime, stage)
         a_nan_is_not_applied(runtime, stage)
+        print("groups and NaN, stage", stage, flush=True)
     stop()
 
 

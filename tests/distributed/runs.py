@@ -16,7 +16,7 @@ from benchmarks.kill_resume_compare import leaves, stream
 from dsmim.checkpoint.reading import locate
 from dsmim.checkpoint.zero_shards import weights
 from dsmim.cluster.placement import free_port
-from tests.conftest import ROOT, environment, tiny_recipe
+from tests.conftest import ROOT, environment, patience, tiny_recipe
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -36,7 +36,7 @@ def metrics(run_dir: Path) -> list[dict]:
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 200) -> None:
     """Until the condition holds; fails when the process ends before."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while not condition():
         assert process.poll() is None, f"ended with {process.returncode} too early"
         assert time.monotonic() < deadline, "waited too long"

@@ -10,7 +10,7 @@ import pytest
 
 from dsmim.checkpoint.reading import check_files
 from dsmim.cluster.placement import free_port
-from tests.conftest import ROOT, environment, run
+from tests.conftest import ROOT, environment, patience, run
 from tests.distributed.runs import write_recipe
 
 OWN_MOUNTS = ("unshare", "--mount") if os.geteuid() == 0 else ("unshare", "--mount", "--map-root-user")
@@ -60,7 +60,7 @@ class Job:
         recipe = write_recipe(folder, shards, **changes)
         self.run_dir, self.log, port = folder / "run", folder / "log", free_port()
         words = ("train", recipe, "--run-dir", self.run_dir, "data.val=null", "data.workers=1",
-                 "engine.step_timeout_minutes=0.1")  # fmt: skip
+                 f"engine.step_timeout_minutes={patience(0.1)}")  # fmt: skip
         if torchrun:
             launcher = ("torchrun", "--nproc-per-node", 2, "--master-port", port, "-m", "dsmim")
             self.processes = [self._start((*launcher, *words), {})]
@@ -74,7 +74,7 @@ class Job:
             return psutil.Popen([str(x) for x in words], cwd=ROOT, stdout=log, stderr=log, env=environment(**env))
 
     def wait_for_step(self, step: int) -> None:
-        path, deadline = self.run_dir / "metrics.jsonl", time.monotonic() + 120
+        path, deadline = self.run_dir / "metrics.jsonl", time.monotonic() + patience(120)
         while not path.exists() or f'"step": {step},' not in path.read_text():
             running = all(process.poll() is None for process in self.processes)
             assert running and time.monotonic() < deadline, self.log.read_text()
@@ -102,19 +102,19 @@ def test_a_rank_that_dies_and_one_that_stalls_end_their_jobs(tmp_path, shards):
         victim.kill()
         stalled.suspend()
         begun = time.monotonic()
-        assert killed.processes[0].wait(20) != 0
+        assert killed.processes[0].wait(patience(20)) != 0
         assert "exitcode  : 70" in killed.log.read_text()  # of rank 0, as torchrun reports it
-        # Not answering for 6 s; then it takes some seconds to see who does not.
-        assert survivor.wait(30) == 70 and time.monotonic() - begun > 6
+        # Not answering for the step's 6 s; then it takes some seconds to see who does not.
+        assert survivor.wait(patience(30)) == 70 and time.monotonic() - begun > patience(6)
         for job in (killed, stopped):
             said = job.log.read_text()
             assert said.count("dsmim: error:") == said.count("dsmim: error: rank 0: rank 1 on") == 1, said
             assert "gives no sign of life since" in said and ", last at: " in said, said
             assert "It was killed or stopped" in said and _own_traceback(said) == "", said
         stalled.resume()
-        assert stalled.wait(30) == 70  # nor does it train on alone when it comes back
+        assert stalled.wait(patience(30)) == 70  # nor does it train on alone when it comes back
         assert "rank 1: rank 0's process, which keeps the rendezvous" in stopped.log.read_text()
-        assert not psutil.wait_procs(family, timeout=10)[1]  # no data worker is left behind
+        assert not psutil.wait_procs(family, timeout=patience(10))[1]  # no data worker is left behind
     finally:
         end(family)
 
@@ -128,5 +128,5 @@ def test_an_error_that_nobody_expects_ends_its_process_at_once(tmp_path, shards)
         "sys.exit(main(sys.argv[1:]))"
     )
     words = ("train", recipe, "--run-dir", tmp_path / "run", "data.val=null", "data.workers=2")
-    done = run("python", "-c", code, *words, check=False, timeout=60)
+    done = run("python", "-c", code, *words, check=False, silence=60)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr

@@ -13,7 +13,7 @@ from dsmim.checkpoint.reading import locate
 from dsmim.checkpoint.zero_shards import weights
 from dsmim.cluster.placement import free_port
 from dsmim.health import replay
-from tests.conftest import ROOT, dsmim, environment, run, tiny_recipe, two_ranks
+from tests.conftest import ROOT, dsmim, environment, patience, run, tiny_recipe, two_ranks
 from tests.distributed.runs import (
     assert_same_bytes,
     kill_after_checkpoint,
@@ -54,7 +54,7 @@ def test_a_run_goes_on_by_other_numbers_of_ranks_and_stages(tmp_path, shards):
             if step < 8:
                 wait_for((run_dir / f"checkpoints/step_{step:08d}").exists, processes[0])
             else:
-                assert [process.wait(timeout=200) for process in processes] == [0] * count
+                assert [process.wait(timeout=patience(200)) for process in processes] == [0] * count
         if step < 8:
             for later in (run_dir / "checkpoints").glob(f"step_{step + 2:08d}"):
                 shutil.rmtree(later)  # it may have come further

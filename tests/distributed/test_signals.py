@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from dsmim.shards.index import write_index
-from tests.conftest import dsmim, make_shards, two_ranks
+from tests.conftest import dsmim, make_shards, patience, two_ranks
 from tests.distributed.runs import assert_same_bytes, metrics, ranks, wait_for, write_recipe
 
 
 def leave(processes, seconds: float = 60) -> list[int]:
-    return [process.wait(timeout=seconds) for process in processes]
+    return [process.wait(timeout=patience(seconds)) for process in processes]
 
 
 def test_stopped_twice_and_resumed_equals_uninterrupted(tmp_path, shards):

@@ -1,0 +1,41 @@
+"""The deadlines of conftest's runners."""
+
+import sys
+import time
+
+import psutil
+import pytest
+
+from tests.conftest import PATIENCE, patience, run
+
+
+def test_the_factor_multiplies(monkeypatch):
+    monkeypatch.delenv(PATIENCE, raising=False)
+    assert patience(3) == 3
+    monkeypatch.setenv(PATIENCE, "2.5")
+    assert patience(3) == 7.5
+
+
+@pytest.mark.parametrize("text", ["", "many", "0.5", "-2", "nan", "inf"])
+def test_a_wrong_factor_is_an_error(monkeypatch, text):
+    monkeypatch.setenv(PATIENCE, text)
+    with pytest.raises(pytest.UsageError, match=f"{PATIENCE}='{text}': give a number of at least 1"):
+        patience(3)
+
+
+def test_output_is_progress(monkeypatch):
+    """A command that takes five times its deadline in all, and prints on the way."""
+    monkeypatch.delenv(PATIENCE, raising=False)
+    code = "import time\nfor i in range(10): print(i, flush=True); time.sleep(1)"
+    begun = time.monotonic()
+    assert run(sys.executable, "-c", code, silence=2).stdout.split() == [str(i) for i in range(10)]
+    assert time.monotonic() - begun > 10
+
+
+def test_a_silent_command_is_killed_with_its_children(monkeypatch, tmp_path):
+    monkeypatch.delenv(PATIENCE, raising=False)
+    script = f"echo before; sleep 60 & echo $! >{tmp_path}/child; wait"
+    with pytest.raises(pytest.fail.Exception, match="printed nothing for 1 s and was killed; before:\nbefore"):
+        run("bash", "-c", script, silence=1)
+    child = int((tmp_path / "child").read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
