@@ -56,7 +56,8 @@ def test_it_resumes_to_the_same_bytes(old_run, tmp_path):
 def test_it_resumes_by_another_number_of_ranks_at_another_stage(old_run, tmp_path):
     dsmim(*resumed_at_step_4(old_run, tmp_path / "run"), "engine.deepspeed=zero0")
     losses = [[line["loss"] for line in metrics(run) if "lr" in line] for run in (old_run / "run", tmp_path / "run")]
-    assert losses[1] == pytest.approx(losses[0], abs=2e-6) and len(losses[0]) == 6
+    assert losses[1][:4] == losses[0][:4] and len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)  # drop path draws other masks; a wrong state is off by 1e-2
 
 
 def test_it_is_evaluated_and_exported(old_run, tmp_path, capsys):
