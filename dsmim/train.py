@@ -38,7 +38,7 @@ def fit(recipe: Recipe, run_dir: Path, fork: bool = False, interrupt: Interrupt 
     another rank does not answer.
     """
     limits = (recipe.engine.timeout_minutes, recipe.log.low_memory)
-    with joined(*limits) as runtime, RunDirectory(run_dir) as directory, interrupt or Interrupt() as interrupt:
+    with RunDirectory(run_dir) as directory, joined(*limits) as runtime, interrupt or Interrupt() as interrupt:
         end = runtime.on_rank_zero(lambda: end_of_job(os.environ))
         interrupt.stop_before(end, recipe.checkpoint.before_end_minutes)
         task, data = open_data(recipe, runtime)
