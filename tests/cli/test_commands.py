@@ -60,9 +60,11 @@ def test_bad_requests_end_in_one_clear_error(capsys, recipe, words, message):
     assert error.startswith("dsmim: error: ") and message in error
 
 
-def test_unknown_recipe_lists_the_known(capsys):
+def test_unknown_recipe_names_the_nearest_or_all(capsys):
     assert main(["recipes", "demo_pretrian"]) == 1
-    assert "demo_pretrain" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("did you mean demo_pretrain?\n")
+    assert main(["recipes", "/nowhere/r.yaml"]) == 1
+    assert ", ".join(shipped_recipes()) in capsys.readouterr().err
 
 
 def test_recipes_are_listed_and_printed_whole(capsys):
