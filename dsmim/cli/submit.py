@@ -71,7 +71,7 @@ def _checked(options: argparse.Namespace, overrides: list[str]) -> tuple[Path, R
             )
         return Path(options.recipe), None, check_evaluation(Path(options.recipe), overrides)
     found = Findings()
-    recipe = found.of(load_recipe, options.recipe, overrides)
+    recipe = found.check(load_recipe, options.recipe, overrides)
     name = recipe.name if recipe else Path(options.recipe).stem
     run_dir = options.run_dir or Path("runs") / name
     if recipe is not None:
@@ -104,9 +104,9 @@ def _script(job: Job, profile_source: str | None, problems: list[str], ask_slurm
     from dsmim.preflight import Findings
 
     found = Findings()
-    profile = found.of(load_profile, profile_source)
-    limit = found.of(limit_seconds, job.time)
-    script = profile and found.of(render, job, profile)
+    profile = found.check(load_profile, profile_source)
+    limit = found.check(limit_seconds, job.time)
+    script = profile and found.check(render, job, profile)
     if profile and limit and limit <= profile.signal_seconds and job.template != "evaluate":
         found.problems.append(
             f"--time: the last {profile.signal_seconds} s are kept for saving (signal_seconds in the profile), and "
@@ -115,7 +115,7 @@ def _script(job: Job, profile_source: str | None, problems: list[str], ask_slurm
     if script:
         found.problems += overridden(script, os.environ)
     if script and not found.problems and ask_slurm:
-        found.problems += filter(None, [found.of(refusal, script)])
+        found.problems += filter(None, [found.check(refusal, script)])
     problems += found.problems
     return script
 
