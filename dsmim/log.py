@@ -62,7 +62,7 @@ class Log:
             self._chart(step, values, "host")
 
     def sync(self) -> None:
-        """Force metrics.jsonl to disk. After a power loss, a checkpoint must not be newer than the lines before it."""
+        """Force metrics.jsonl to disk, so that no power loss keeps a checkpoint and loses the lines before it."""
         if self.active:
             with _named(self._file.name):
                 os.fsync(self._file.fileno())

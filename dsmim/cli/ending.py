@@ -47,7 +47,7 @@ def _message_then_wait(error: LostPeer) -> None:
 
 
 def _traceback(error: BaseException) -> None:
-    """Print what a developer needs."""
+    """Print the traceback: nobody expected this error."""
     import traceback
 
     with suppress(OSError):
@@ -60,7 +60,7 @@ def _print(error: BaseException) -> None:
 
 
 def _at_once(status: int) -> NoReturn:
-    """End the process here. mpirun takes this for a failure, and ends the other ranks."""
+    """End the process here, without the interpreter's shutdown."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
@@ -68,7 +68,7 @@ def _at_once(status: int) -> NoReturn:
 
 
 def _after_mpi(status: int) -> NoReturn:
-    """End the process here, after MPI's Finalize: mpirun takes a rank that skips it for a failed one."""
+    """End MPI, then the process: mpirun counts a rank that skips Finalize as failed, and ends the others."""
     if "mpi4py.MPI" in sys.modules:
         sys.modules["mpi4py.MPI"].Finalize()
     _at_once(status)
@@ -115,12 +115,12 @@ def end(error: BaseException | None, returned: int | None, is_rank: bool) -> int
         ending.report(error)
     finally:
         if is_rank:
-            ending.leave(status)
+            ending.leave(status)  # even if the report failed
     return status
 
 
 def _is_on_every_rank(error: BaseException) -> bool:
-    """Whether every rank raises this error: all read the same recipe, and Stopped is agreed on."""
+    """Return whether every rank raises this error: all read the same recipe, and all agree on Stopped."""
     from dsmim.recipe.errors import RecipeError
 
     return isinstance(error, (RecipeError, Stopped))

@@ -91,7 +91,7 @@ def test_usage_errors(words):
     assert ended.value.code == 2
 
 
-def test_overrides_may_stand_behind_options(capsys, recipe):
+def test_overrides_may_follow_options(capsys, recipe):
     assert main(["samples", recipe, "--steps", "0:1", "batch.global_batch=2", "--world-size", "2", "seed=3"]) == 0
     assert len(capsys.readouterr().out.split()) == 2
 
@@ -104,7 +104,7 @@ def test_help_is_instant_and_loads_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_closed_pipe_is_no_error(recipe):
+def test_a_closed_pipe_is_not_an_error(recipe):
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
