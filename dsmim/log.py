@@ -1,4 +1,4 @@
-"""Metrics out, on rank 0: a console line, JSON lines, TensorBoard."""
+"""Write metrics on rank 0: a console line, JSON lines, TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 
 
 class Log:
-    """Writes RUN/metrics.jsonl, RUN/tensorboard and a line to standard error. On other ranks it does nothing.
+    """Writes RUN/metrics.jsonl, RUN/tensorboard and lines on standard error. If not `active`, it does nothing.
 
-    step: completed steps that the run goes on from; validation_due: whether those are still to be validated. What an
-    interrupted session logged beyond is taken back, so that the stream of a resumed run has no step twice.
+    step: completed steps that the run resumes from; validation_due: whether those still have to be validated. Lines of
+    an interrupted session after that step are removed, so that metrics.jsonl of a resumed run has no step twice.
     """
 
     def __init__(
@@ -34,12 +34,12 @@ class Log:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def say(self, text: str) -> None:
-        """A sentence to the console."""
+        """Write a sentence to standard error."""
         if self.active:
             print(text, file=sys.stderr, flush=True)
 
     def step(self, step: int, values: dict[str, Any]) -> None:
-        """The figures of the training step that completed `step` steps: images_per_second and data_wait too."""
+        """Log the figures of the training step that completed `step` steps, with those of Clock.read."""
         self._write(step, values, "train")
         self.say(
             f"step {step}/{self.total} | loss {values['loss']:.4f} | lr {values['lr']:.2e} | "
@@ -48,12 +48,13 @@ class Log:
         )
 
     def validation(self, step: int, values: dict[str, float]) -> None:
+        """Log the figures of a validation after `step` steps; metrics.jsonl names them val_…."""
         self._write(step, {f"val_{name}": value for name, value in values.items()}, "val")
         shown = " | ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "samples")
         self.say(f"step {step}/{self.total} | validation over {values['samples']} samples | {shown}")
 
     def host(self, step: int, values: dict[str, Any]) -> None:
-        """Figures of the machines, which no two runs share: into a stream of their own, RUN/host.jsonl."""
+        """Log the figures of the machines in a separate file, RUN/host.jsonl, because they differ between runs."""
         if self.active:
             path = self.folder / "host.jsonl"
             with _named(path), path.open("a") as file:
@@ -61,12 +62,13 @@ class Log:
             self._chart(step, values, "host")
 
     def sync(self) -> None:
-        """Bring the stream to disk: a checkpoint must not outlive the lines before it."""
+        """Force metrics.jsonl to disk, so that no power loss keeps a checkpoint and loses the lines before it."""
         if self.active:
             with _named(self._file.name):
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Close the files."""
         if self.active:
             self._file.close()
         if self._board:
@@ -91,15 +93,17 @@ class Log:
 
 
 class Clock:
-    """Images per second and the share of time spent waiting for data, since the last restart."""
+    """Measures images per second, and the share of the time that this rank waits for data, since the last restart."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
+        """Measure from now on."""
         self.begun, self.waited, self.steps = time.monotonic(), 0.0, 0
 
     def waiting(self) -> Clock:
+        """Count the time in a `with` block as waiting for data."""
         return self
 
     def __enter__(self) -> None:
@@ -109,13 +113,13 @@ class Clock:
         self.waited += time.monotonic() - self._entered
 
     def read(self, global_batch: int) -> dict[str, float]:
-        """Images per second of all ranks, and this rank's share of waiting, for the steps since the restart."""
+        """Return images per second over all ranks, and this rank's share of waiting (0 to 1), since the restart."""
         elapsed = time.monotonic() - self.begun
         return {"images_per_second": global_batch * self.steps / elapsed, "data_wait": self.waited / elapsed}
 
 
 def duration(seconds: float) -> str:
-    """'2h05m', '3m20s', '7s'."""
+    """Return a time as '2h05m', '3m20s' or '7s'."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
@@ -123,29 +127,30 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def _named(path: str | Path) -> Iterator[None]:
-    """A disk's refusal, with the path, which the error of a write does not have."""
+    """Add the path to the error of a write, which does not have it."""
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror}); the last checkpoint stands") from None
+        raise ValueError(f"{path}: cannot be written ({error.strerror}); the last checkpoint is still valid") from None
 
 
 def _reopen(path: Path, step: int, validation_due: bool):
-    """The stream opened for appending, without the lines beyond `step`; without its validation when that is due."""
+    """Open metrics.jsonl for appending, without the lines after `step`, and without its validation if that is due."""
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if _stays(line, step, validation_due)]
         temporary = path.with_suffix(".partial")
         with temporary.open("w") as file:
             file.write("".join(line + "\n" for line in kept))
             file.flush()
-            os.fsync(file.fileno())  # or a power loss could empty the stream of a run whose checkpoints stand
+            os.fsync(file.fileno())  # or a power loss could empty the file, while the checkpoints stay
         temporary.replace(path)
     return path.open("a")
 
 
 def _stays(line: str, step: int, validation_due: bool) -> bool:
+    """Return whether a line belongs to the steps up to `step`."""
     try:
         values = json.loads(line)
         return values["step"] < step or (values["step"] == step and not (validation_due and "val_samples" in values))
     except (ValueError, KeyError):
-        return False  # the line that a kill cut short
+        return False  # a kill cut the line short

@@ -1,4 +1,4 @@
-"""What a recipe comes to in steps and ranks: micro batches, the learning rate, and how often something happens."""
+"""A recipe in steps and ranks: micro batches, the learning rate, and when the run validates, saves and logs."""
 
 from __future__ import annotations
 
@@ -13,33 +13,38 @@ from dsmim.tasks import Task
 
 @dataclass(frozen=True)
 class Cadence:
-    """Every how many steps something happens; at the end of `total` it always does."""
+    """When something happens: after each `every` steps (0: never), and always at the end, after `total` steps."""
 
     every: int
     total: int
 
     def __call__(self, done: int) -> bool:
+        """Return whether it happens after `done` completed steps."""
         return done == self.total or (self.every > 0 and done % self.every == 0)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Of one session of a run."""
+    """What one session of a run does, in steps."""
 
     rate: LearningRate
     accumulation: int
     """Micro batches per rank and step."""
     micro_batch: int
-    """Samples."""
+    """Samples per micro batch."""
     validating: Cadence
     saving: Cadence
     logging: Cadence
     keep_every: int
-    """Steps between two checkpoints that stay; 0: none do."""
+    """Steps between two checkpoints that are always kept; 0: none."""
 
 
 def plan(recipe: Recipe, task: Task, epoch_samples: int, world_size: int, state: dict[str, Any] | None) -> Plan:
-    """state: of the checkpoint that the run goes on from, None for a new run. Raises ValueError."""
+    """Return the plan of a session.
+
+    epoch_samples: training samples per epoch; state: that of the checkpoint that the run resumes from, None for a new
+    run. Raises ValueError when the ranks cannot share the global batch, or the task refuses the micro batch.
+    """
     size = recipe.batch.global_batch
     rate = resolve(recipe.schedule, recipe.optim, size, epoch_samples)
 
@@ -60,8 +65,11 @@ def plan(recipe: Recipe, task: Task, epoch_samples: int, world_size: int, state:
 
 
 def _accumulation(recipe: Recipe, task: Task, world_size: int, state: dict[str, Any] | None) -> int:
-    """A new run's must be as the recipe says; one that goes on keeps its global batch at any number of ranks, by micro
-    batches no larger than they were."""
+    """Return the micro batches per rank and step.
+
+    A new run has exactly the recipe's micro batch. A resumed run keeps its global batch at any number of ranks, with
+    micro batches that are not larger than before.
+    """
     batch = recipe.batch
     if state is None:
         steps = accumulation_steps(batch.global_batch, batch.micro_batch, world_size)

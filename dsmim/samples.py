@@ -1,4 +1,4 @@
-"""Which sample keys a step sees: to find a bad sample, and to prove the order."""
+"""The sample keys that a step sees: to find a bad sample, and to check the order of samples."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dsmim.recipe import Recipe
 
 
 def sample_keys(recipe: Recipe, steps: range, world_size: int, rank: int | None) -> Iterator[tuple[str, str]]:
-    """(key, shard) of every sample, in order, that steps of an unforked run of the recipe see.
+    """Yield (key, shard) of every sample that the steps see, in order, for a run of the recipe that was never forked.
 
-    rank None: the whole global batch; else the share of that rank. Raises ValueError for a rank outside the world and
+    rank: only the share of this rank; None: the whole global batch. Raises ValueError for a rank outside the world, and
     for a global batch that the ranks cannot share.
     """
     if rank is not None and not 0 <= rank < world_size:
-        raise ValueError(f"--rank {rank} is outside a world of {world_size}")
+        raise ValueError(f"--rank {rank} is outside a world of {world_size}: give 0 to {world_size - 1}")
     shards = training_shards(recipe.data)
     order, reader = training_order(recipe, shards), ShardReader(shards, keep=2 * recipe.data.shuffle_window)
     batch = recipe.batch.global_batch

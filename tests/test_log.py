@@ -1,4 +1,4 @@
-"""The metrics stream of a run that was interrupted."""
+"""metrics.jsonl of a run that was interrupted."""
 
 import json
 
@@ -8,7 +8,7 @@ from dsmim.log import Log
 
 
 @pytest.mark.parametrize("validation_due", [False, True])
-def test_what_was_logged_beyond_the_checkpoint_is_taken_back(tmp_path, validation_due):
+def test_lines_after_the_checkpoint_are_removed(tmp_path, validation_due):
     lines = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.9}, {"step": 2, "val_loss": 0.8, "val_samples": 3}]
     text = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 3, "loss": 0.7}])
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 2, "los')  # cut short by the kill

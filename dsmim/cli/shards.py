@@ -1,4 +1,4 @@
-"""`dsmim shards …`: the commands that make, index, check and draw from shards."""
+"""`dsmim shards …`: the commands that build, index and verify shards, and draw subsets of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from dsmim.cli.words import command, count, quality, share, splits
 
 
 def add_shards(commands) -> None:
-    """The sub-commands of `dsmim shards`."""
-    shards = commands.add_parser("shards", help="Build, index, verify and draw from WebDataset shards")
+    """Add `dsmim shards` with its sub-commands."""
+    about = "Build, index and verify WebDataset shards, and draw subsets of them"
+    shards = commands.add_parser("shards", help=about, description=about)
     commands = shards.add_subparsers(required=True, metavar="COMMAND")
     _add_build(commands)
     _add_index(commands)
@@ -20,48 +21,67 @@ def add_shards(commands) -> None:
 
 
 def _add_build(commands) -> None:
-    about = "Write shards from an image folder, a CSV/TSV of path,label, or other tars; again: write what is missing"
+    about = "Write shards from an image folder, a table (CSV or TSV: path,label) or other tars; run again to continue"
     build = command(commands, "build", about, _build)
-    build.add_argument("source", help="a folder of images or of class folders, a table, or tars (quote patterns)")
+    build.add_argument(
+        "source", help="a folder of images or of class folders, a table, or tars (put patterns in quotes)"
+    )
     build.add_argument("out", type=Path, help="folder for the shards")
-    build.add_argument("--root", type=Path, help="folder that a table's paths are relative to (default: its own)")
+    build.add_argument("--root", type=Path, help="folder that the paths of a table start from (default: the table's)")
     build.add_argument("--name", default="data", help="shards are named NAME-000000.tar (default: data)")
-    build.add_argument("--split", type=splits, default={}, metavar="train=0.9,val=0.1", help="shares, one name each")
-    build.add_argument("--per-shard", type=count, default=1000, help="images per shard (default: 1000)")
-    build.add_argument("--short-side", type=count, help="shrink larger images to this short side, in pixels")
-    build.add_argument("--quality", type=quality, default=90, help="of the JPEGs that shrinking writes (default: 90)")
-    build.add_argument("--skip-undecodable", action="store_true", help="leave images out that cannot be decoded")
-    build.add_argument("--keys", type=Path, metavar="LIST", help="only the samples whose keys this file lists")
-    build.add_argument("--without", type=Path, metavar="LIST", help="not the samples whose keys this file lists")
-    build.add_argument("--seed", type=int, default=0, help="of the shuffle before writing (default: 0)")
-    build.add_argument("--no-shuffle", action="store_true", help="keep the source's order, and read it sequentially")
-    build.add_argument("--index-dir", help="where the indexes of source tars lie, if not beside them")
+    build.add_argument(
+        "--split", type=splits, default={}, metavar="train=0.9,val=0.1", help="split at random into NAME=SHARE"
+    )
+    build.add_argument("--per-shard", type=count, default=1000, metavar="N", help="images per shard (default: 1000)")
+    build.add_argument(
+        "--short-side", type=count, metavar="PIXELS", help="shrink images whose short side is longer than this"
+    )
+    build.add_argument(
+        "--quality", type=quality, default=90, metavar="1..100", help="JPEG quality of shrunk images (default: 90)"
+    )
+    build.add_argument("--skip-undecodable", action="store_true", help="leave out images that cannot be decoded")
+    build.add_argument("--keys", type=Path, metavar="LIST", help="take only the samples whose keys are in this file")
+    build.add_argument("--without", type=Path, metavar="LIST", help="leave out the samples whose keys are in this file")
+    build.add_argument("--seed", type=int, default=0, help="seed of the shuffle before writing (default: 0)")
+    build.add_argument("--no-shuffle", action="store_true", help="keep the order of the source and read it in sequence")
+    build.add_argument(
+        "--index-dir", metavar="DIR", help="folder of the source tars' indexes (default: beside the tars)"
+    )
     _add_workers(build)
 
 
 def _add_index(commands) -> None:
-    index = command(commands, "index", "Index anyone's WebDataset tars, so that they can be trained on", _index)
-    index.add_argument("--force", action="store_true", help="index again what has a valid index")
+    about = "Write the index that training on a WebDataset tar needs. The tars may come from any tool"
+    index = command(commands, "index", about, _index)
+    index.add_argument("--force", action="store_true", help="write valid indexes again too")
     _add_patterns(index)
 
 
 def _add_verify(commands) -> None:
-    verify = command(commands, "verify", "Compare shards with their indexes; tell what is wrong where", _verify)
+    about = "Compare shards with their indexes, and name every problem and its place"
+    verify = command(commands, "verify", about, _verify)
     verify.add_argument("--decode", action="store_true", help="decode every image too")
-    verify.add_argument("--report", type=Path, help="JSON lines, one per shard; what it holds is not checked again")
+    verify.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write one JSON line per shard; unchanged shards that it lists are skipped",
+    )
     _add_patterns(verify)
 
 
 def _add_subset(commands) -> None:
-    about = "Write a list of keys drawn at random (--fraction), or find an existing list's keys in the shards"
+    about = "Draw samples at random (--fraction) and list their keys, or look up the keys of an existing list"
     subset = command(commands, "subset", about, _subset)
-    subset.add_argument("--fraction", type=share, metavar="P", help="draw floor(N x P) samples")
-    subset.add_argument("--seed", type=int, help="of the draw; smaller fractions lie within larger ones (default: 0)")
+    subset.add_argument("--fraction", type=share, metavar="P", help="draw floor(N x P) of N samples")
     subset.add_argument(
-        "--balanced", action="store_true", help="equally many samples of every class, as far as they reach"
+        "--seed", type=int, help="seed of the draw (default: 0); at one seed, larger fractions contain smaller ones"
     )
-    subset.add_argument("shards", nargs="+", help="as data.train names them: tars, folders, globs or brace patterns")
-    subset.add_argument("list", type=Path, help="the list, for data.subset in a recipe")
+    subset.add_argument(
+        "--balanced", action="store_true", help="draw equally many samples of every class, as far as a class has them"
+    )
+    subset.add_argument("shards", nargs="+", help="as in data.train: tars, folders, globs or brace patterns")
+    subset.add_argument("list", type=Path, help="file of keys, for data.subset in a recipe")
     _add_common(subset)
 
 
@@ -71,13 +91,21 @@ def _add_patterns(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--index-dir", help="where indexes lie when the shards' folder is read-only or remote")
+    parser.add_argument(
+        "--index-dir", metavar="DIR", help="folder of the indexes, if the shards' folder is read-only or remote"
+    )
     parser.add_argument("--allow-pipe", action="store_true", help="run the commands of pipe: shards")
     _add_workers(parser)
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=count, default=len(os.sched_getaffinity(0)), help="processes")
+    parser.add_argument(
+        "--workers",
+        type=count,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes to use (default: %(default)s, the available CPU cores)",
+    )
 
 
 def _build(options) -> None:
@@ -97,8 +125,8 @@ def _build(options) -> None:
     built = build(parts, options.out, classes, writing, options.workers)
     for line in built.left_out:
         print(f"left out: {line}")
-    images, there = sum(index.samples for index in built.shards), len(built.shards) - built.written
-    print(f"{images} images in {len(built.shards)} shards under {options.out}" + (f", {there} kept" if there else ""))
+    images, kept = sum(index.samples for index in built.shards), len(built.shards) - built.written
+    print(f"{images} images in {len(built.shards)} shards in {options.out}" + (f", {kept} kept" if kept else ""))
 
 
 def _index(options) -> None:
@@ -125,11 +153,11 @@ def _subset(options) -> None:
     from dsmim.shards.subset import choose, find, read_list, write_list, write_rows
 
     if not options.fraction and (options.balanced or options.seed is not None):
-        raise ValueError("--seed and --balanced say how to draw a --fraction; without it the list is only looked up")
+        raise ValueError("--seed and --balanced have no effect without --fraction: give it too, or leave them out")
     shards = open_shards(options.shards, options.index_dir, allow_pipe=options.allow_pipe)
     if options.fraction:
         if options.list.exists():
-            raise ValueError(f"{options.list}: is there already; remove it, or leave --fraction out to look it up")
+            raise ValueError(f"{options.list}: exists already; remove it, or leave out --fraction to look up its keys")
         rows, unique = choose(shards, options.fraction, options.seed or 0, options.balanced, options.workers)
         write_list(options.list, shards, rows, unique)
     else:

@@ -1,4 +1,4 @@
-"""`dsmim submit`: a checked job for Slurm."""
+"""`dsmim submit`: check a job, then submit it to Slurm."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsmim.cli.words import command, count
+from dsmim.cli.words import add_overrides, add_run_dir, command, count
 from dsmim.cluster import TEMPLATES
 
 if TYPE_CHECKING:
@@ -18,33 +18,34 @@ if TYPE_CHECKING:
 
 
 def add_submit(commands) -> None:
-    """The command `dsmim submit`."""
-    about = "Check a job, then hand it to Slurm: what would fail in the queue is told before"
+    """Add the command `dsmim submit`."""
+    about = "Check a job and submit it to Slurm: what would fail in the queue is reported now"
     submit = command(commands, "submit", about, _submit)
-    submit.add_argument("recipe", help="a recipe's name or file; with --template evaluate a run directory")
-    submit.add_argument("--nodes", type=count, required=True)
-    submit.add_argument("--gpus-per-node", type=count, required=True, help="and as many ranks, one per GPU")
-    submit.add_argument("--time", required=True, help="limit of one job, as Slurm writes it: 24:00:00, 2-12, minutes")
-    submit.add_argument("--template", choices=TEMPLATES, default="pretrain", help="(default: pretrain)")
-    submit.add_argument("--profile", help="the cluster's particulars: a file, or a NAME in ~/.config/dsmim/NAME.yaml")
-    submit.add_argument("--run-dir", type=Path, help="where checkpoints and logs go (default: runs/RECIPE)")
-    submit.add_argument("--fork", action="store_true", help="go on although the recipe has changed")
+    submit.add_argument("recipe", help="a recipe's name or file; for --template evaluate, a run directory")
+    submit.add_argument("--nodes", type=count, required=True, metavar="N", help="number of nodes")
+    submit.add_argument("--gpus-per-node", type=count, required=True, metavar="N", help="one rank runs on each GPU")
+    submit.add_argument("--time", required=True, help="time limit of one job, as for sbatch: 24:00:00, 2-12, minutes")
+    submit.add_argument(
+        "--template", choices=TEMPLATES, default="pretrain", help="batch script to fill in (default: pretrain)"
+    )
+    submit.add_argument("--profile", help="settings of your cluster: a file, or the NAME of ~/.config/dsmim/NAME.yaml")
+    add_run_dir(submit)
     submit.add_argument("--set", action="append", default=[], metavar="key=value", help="a recipe key to change")
-    submit.add_argument("--dry-run", action="store_true", help="print the script, write and submit nothing")
-    submit.add_argument("overrides", nargs="*", metavar="key=value", help="the same as --set")
+    submit.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
+    add_overrides(submit, "the same as --set")
 
 
 def _submit(options: argparse.Namespace) -> None:
     from dsmim.cluster.submit import absence, submit
 
-    without = absence()
-    if without and not options.dry_run:
-        raise ValueError(f"{without}; submit on the cluster's login node (--dry-run prints the script anywhere)")
+    no_slurm = absence()
+    if no_slurm and not options.dry_run:
+        raise ValueError(f"{no_slurm}; submit on the cluster's login node (--dry-run prints the script anywhere)")
     overrides = [*options.set, *options.overrides]
     run_dir, recipe, problems = _checked(options, overrides)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     job = _job(options, overrides, run_dir, recipe, stamp)
-    script = _script(job, options.profile, problems, ask_slurm=without is None)
+    script = _script(job, options.profile, problems, ask_slurm=no_slurm is None)
     if problems:
         listed = "".join(f"\n  {problem}" for problem in problems)
         raise ValueError(f"not submitted: {len(problems)} problem{'s' * (len(problems) > 1)}:{listed}")
@@ -59,16 +60,18 @@ def _submit(options: argparse.Namespace) -> None:
 
 
 def _checked(options: argparse.Namespace, overrides: list[str]) -> tuple[Path, Recipe | None, list[str]]:
-    """The run directory, the recipe (of a training), and all problems found."""
+    """Return the run directory, the recipe (None for an evaluation), and all problems found."""
     from dsmim.preflight import Findings, check_evaluation, check_training
     from dsmim.recipe.reading import load_recipe
 
     if options.template == "evaluate":
         if options.run_dir or options.fork:
-            raise ValueError("with --template evaluate the first argument is the run directory; no --run-dir, --fork")
+            raise ValueError(
+                "--template evaluate: leave out --run-dir and --fork; the first argument is the run directory"
+            )
         return Path(options.recipe), None, check_evaluation(Path(options.recipe), overrides)
     found = Findings()
-    recipe = found.of(load_recipe, options.recipe, overrides)
+    recipe = found.check(load_recipe, options.recipe, overrides)
     name = recipe.name if recipe else Path(options.recipe).stem
     run_dir = options.run_dir or Path("runs") / name
     if recipe is not None:
@@ -77,7 +80,7 @@ def _checked(options: argparse.Namespace, overrides: list[str]) -> tuple[Path, R
 
 
 def _job(options: argparse.Namespace, overrides: list[str], run_dir: Path, recipe: Recipe | None, stamp: str) -> Job:
-    """The recipe is given as it was checked, so that an edit while the job waits changes nothing."""
+    """Return the job. It reads the recipe as it was checked: an edit while the job waits has no effect."""
     from dsmim.cluster.script import Job
 
     run_dir = run_dir.absolute()
@@ -93,7 +96,7 @@ def _job(options: argparse.Namespace, overrides: list[str], run_dir: Path, recip
 
 
 def _script(job: Job, profile_source: str | None, problems: list[str], ask_slurm: bool) -> str | None:
-    """The batch script; None, or one that Slurm refuses, when problems were added."""
+    """Return the batch script and add to problems. With problems it is None, or a script that Slurm refuses."""
     from dsmim.cluster.profile import load_profile
     from dsmim.cluster.script import render
     from dsmim.cluster.slurm import limit_seconds
@@ -101,18 +104,18 @@ def _script(job: Job, profile_source: str | None, problems: list[str], ask_slurm
     from dsmim.preflight import Findings
 
     found = Findings()
-    profile = found.of(load_profile, profile_source)
-    limit = found.of(limit_seconds, job.time)
-    script = profile and found.of(render, job, profile)
+    profile = found.check(load_profile, profile_source)
+    limit = found.check(limit_seconds, job.time)
+    script = profile and found.check(render, job, profile)
     if profile and limit and limit <= profile.signal_seconds and job.template != "evaluate":
         found.problems.append(
-            f"--time: of {job.time} ({limit} s) the last {profile.signal_seconds} s are kept for saving (the profile's "
-            "signal_seconds), which leaves nothing for training"
+            f"--time: the last {profile.signal_seconds} s are kept for saving (signal_seconds in the profile), and "
+            f"{job.time} is only {limit} s; give more time"
         )
     if script:
         found.problems += overridden(script, os.environ)
     if script and not found.problems and ask_slurm:
-        found.problems += filter(None, [found.of(refusal, script)])
+        found.problems += filter(None, [found.check(refusal, script)])
     problems += found.problems
     return script
 

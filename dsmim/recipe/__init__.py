@@ -1,4 +1,4 @@
-"""The typed description of a run: what a recipe file holds (schema), and how one is read (reading)."""
+"""The typed description of a run: what a recipe holds (schema, section), and how one is read (reading, errors)."""
 
 from dsmim.recipe.schema import (
     Augment,

@@ -1,4 +1,4 @@
-"""Recipe problems in plain words: one line each, with the key and the mend."""
+"""Problems of a recipe in plain words: one line each, with the key and the fix."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 
 class RecipeError(ValueError):
-    """Everything that is wrong with a recipe, one line per problem."""
+    """All problems of a recipe, one line each."""
 
     def __init__(self, source: str, problems: list[str]):
         self.problems = problems
@@ -18,16 +18,29 @@ class RecipeError(ValueError):
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """One line per pydantic error, keys dotted as a user writes them in YAML or as an override."""
+    """Return one line per pydantic error, with the key as in an override: optim.lr."""
     return [_line(item, model) for item in error.errors()]
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """Return the end of a message about an unknown word: the most similar known one, or all of them."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; known: {', '.join(known)}" if known else ""
 
 
 def _line(item: dict, model: type[BaseModel]) -> str:
     key, section = _walk(item["loc"], model)
     if item["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_nearest(str(item['loc'][-1]), section)}"
+        return f"{key}: unknown key{nearest(str(item['loc'][-1]), list(section.model_fields) if section else [])}"
     if item["type"] == "missing":
-        return f"{key}: missing, must be given"
+        return f"{key}: missing; give it a value"
+    if item["type"] == "union_tag_not_found":
+        return f"{key}.name: missing; give it a value"
+    if item["type"] == "union_tag_invalid":
+        known = [tag.strip("'") for tag in item["ctx"]["expected_tags"].split(", ")]
+        return f"{key}.name: {item['ctx']['tag']!r} is unknown{nearest(item['ctx']['tag'], known)}"
     message = item["msg"].removeprefix("Value error, ")
     given = item["input"]
     shown = "" if isinstance(given, (dict, list, BaseModel)) else f" (given: {given!r})"
@@ -35,9 +48,9 @@ def _line(item: dict, model: type[BaseModel]) -> str:
 
 
 def _walk(loc: tuple, model: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:
-    """The dotted key, and the section whose field (or unknown key) the last part names.
+    """Return the dotted key, and the section that its last part, a field or an unknown key, belongs to.
 
-    pydantic puts a union's tag or the type tried into the location; those are no keys and are left out.
+    pydantic puts the tag of a union, or the type that it tried, into the location; they are not keys and are left out.
     """
     parts, section, candidates = [], model, [model]
     for index, part in enumerate(loc):
@@ -49,7 +62,7 @@ def _walk(loc: tuple, model: type[BaseModel]) -> tuple[str, type[BaseModel] | No
             candidates = _sections(fields[part].annotation)
             if index < len(loc) - 1:
                 section = candidates[0] if len(candidates) == 1 else None
-        elif section is None:  # a union's tag picks the section
+        elif section is None:  # the tag of a union selects the section
             section = next((c for c in candidates if _tag(c) == part), None)
         elif index == len(loc) - 1:
             parts.append(str(part))
@@ -66,11 +79,3 @@ def _tag(section: type[BaseModel]) -> str | None:
     field = section.model_fields.get("name")
     choices = typing.get_args(field.annotation) if field else ()
     return choices[0] if choices else None
-
-
-def _nearest(word: str, section: type[BaseModel] | None) -> str:
-    known = list(section.model_fields) if section else []
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]}?"
-    return f"; known keys: {', '.join(known)}" if known else ""

@@ -1,4 +1,4 @@
-"""Recipes in: YAML and overrides become a Recipe, with every error at once."""
+"""Read a recipe from YAML and key=value overrides, and report all its errors at once."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from dsmim.recipe.errors import RecipeError, explain
+from dsmim.recipe.errors import RecipeError, explain, nearest
 from dsmim.recipe.schema import Recipe
 
-# Keys that may differ at a resume: they change how fast or how observably a run goes, not what it learns. data.train
-# may name other paths because the fingerprint of what lies there may not differ.
+# Keys that may differ when a run resumes: they change its speed, or what is seen of it, not what it learns. data.train
+# may name other paths, because the fingerprint of the shards there must be the same.
 FREE_KEYS = (
     "data.train", "data.val", "data.index_dir", "data.subset", "data.workers", "data.cache_dir",
     "data.cache_gb", "data.allow_pipe", "data.max_undecodable",
@@ -26,7 +26,7 @@ FREE_KEYS = (
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice instead of keeping the last one silently."""
+    """A SafeLoader that refuses a key given twice, where YAML would silently keep the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
@@ -37,28 +37,28 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name → file of every recipe that comes with dsmim."""
+    """Return the file of every recipe that comes with dsmim, by its name."""
     folder = Path(str(resources.files("dsmim"))) / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def load_recipe(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe by its shipped name or its path, apply `key=value` overrides, validate.
+    """Return the recipe of a shipped name or a path, with `key=value` overrides applied.
 
-    Raises RecipeError (a ValueError) that lists every problem, each with its key and the mend.
+    Raises RecipeError (a ValueError) that lists every problem, each with its key and the fix.
     """
     return apply_overrides(_read_yaml(_locate(source)), source, overrides)
 
 
 def apply_overrides(tree: dict[str, Any], source: str, overrides: list[str] | tuple[str, ...]) -> Recipe:
-    """The recipe that a tree of keys describes, with `key=value` overrides applied. Raises RecipeError."""
+    """Return the recipe of a tree of keys, with `key=value` overrides applied. Raises RecipeError."""
     tree = copy.deepcopy(tree)
     problems = [problem for item in overrides if (problem := _override(tree, item))]
     return parse_recipe(tree, source, problems)
 
 
 def parse_recipe(tree: dict[str, Any], source: str, problems: list[str] | None = None) -> Recipe:
-    """Validate a recipe that was read already; `problems` found before are reported along."""
+    """Return the recipe of a tree of keys. Raises RecipeError, which lists `problems` found before too."""
     problems = list(problems or [])
     try:
         recipe = Recipe.model_validate(tree)
@@ -71,7 +71,7 @@ def parse_recipe(tree: dict[str, Any], source: str, problems: list[str] | None =
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """`key: old → new` for every key that changes what is learned."""
+    """Return `key: old → new` for every key that changes what is learned."""
     before, after = (_flatten(r.model_dump(mode="json")) for r in (old, new))
     free = tuple(key + "." for key in FREE_KEYS)
     changed = [k for k in before | after if before.get(k) != after.get(k) and not (k + ".").startswith(free)]
@@ -82,22 +82,22 @@ def _locate(source: str) -> Path:
     shipped = shipped_recipes()
     path = shipped.get(source, Path(source))
     if not path.is_file():
-        raise RecipeError(source, [f"no such file, and no shipped recipe of that name ({', '.join(shipped)})"])
+        raise RecipeError(source, [f"no such file, and no shipped recipe of that name{nearest(source, list(shipped))}"])
     return path
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_text(), Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(str(path), [f"not valid YAML: {error}"]) from None
     if not isinstance(tree, dict):
-        raise RecipeError(str(path), ["the file must hold a mapping of keys to values"])
+        raise RecipeError(str(path), ["the file must hold keys with values (key: value)"])
     return tree
 
 
 def _override(tree: dict[str, Any], item: str) -> str | None:
-    """Apply one `a.b=value` in place; gives the problem, or None."""
+    """Apply one `a.b=value` to the tree. Return the problem, or None."""
     key, equals, text = item.partition("=")
     if not equals or not key:
         return f"override {item!r} is not of the form key=value"
@@ -107,16 +107,16 @@ def _override(tree: dict[str, Any], item: str) -> str | None:
             tree[part] = {}
         tree = tree[part]
         if not isinstance(tree, dict):
-            return f"override {item!r}: {part} holds a value, not a section"
+            return f"override {item!r}: {part} is a value, not a section with keys"
     try:
-        tree[leaf] = text if text.startswith("*") else yaml.safe_load(text)  # a glob is no YAML alias
+        tree[leaf] = text if text.startswith("*") else yaml.safe_load(text)  # YAML would read a glob as an alias
     except yaml.YAMLError as error:
         return f"override {item!r}: the value is not valid YAML ({error})"
     return None
 
 
 def _contradictions(recipe: Recipe) -> list[str]:
-    """Problems between sections, which no section can see alone."""
+    """Return the problems between sections, which no section can see alone."""
     batch, problems = recipe.batch, []
     if batch.micro_batch != "auto" and batch.global_batch % batch.micro_batch:
         problems.append(
@@ -128,7 +128,9 @@ def _contradictions(recipe: Recipe) -> list[str]:
         )
     mixes = recipe.task.name == "classify" and (recipe.task.mixup or recipe.task.cutmix)
     if mixes and (batch.global_batch % 2 or (batch.micro_batch != "auto" and batch.micro_batch % 2)):
-        problems.append("batch: mixup and cutmix pair neighbours, so global_batch and micro_batch must be even")
+        problems.append(
+            "batch: mixup and CutMix pair neighbours: batch.global_batch and batch.micro_batch must be even"
+        )
     return problems
 
 

@@ -1,4 +1,4 @@
-"""What pixels alone tell: logistic regression on the labels that the fine-tuned model sees."""
+"""The baseline on pixels alone: logistic regression on the labels that the fine-tuned model sees."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dsmim.data.decode import decode
 from dsmim.data.reader import ShardReader
 from dsmim.shards.opening import open_shards
 
-SIDE = 48  # pixels: more do not help so few labels
+SIDE = 48  # pixels: larger images do not help with so few labels
 
 
 def pixels(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(n, SIDE²) grey values and (n,) labels of a part's shards."""
+    """Return the grey values (samples, SIDE²) and labels (samples,) in the shards of a part, such as `test`."""
     shards = open_shards(f"{folder}/{name}-*.tar", None, name)
     reader = ShardReader(shards)
     samples = [reader.read(s, row)[1] for s, index in enumerate(shards) for row in range(index.samples)]
@@ -30,11 +30,11 @@ def pixels(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def accuracies(folder: Path) -> dict[str, float]:
-    """Test accuracy of logistic regression trained on `labelled`: its penalty chosen by cross-validation there
-    ("accuracy"), and left at scikit-learn's default ("default_penalty_accuracy").
+    """Return the test accuracy of logistic regression trained on `labelled`: with the penalty chosen by
+    cross-validation there ("accuracy"), and with scikit-learn's default ("default_penalty_accuracy").
 
-    The pixels are turned into all their principal components first: the L2 penalty does not see the rotation, and there
-    are fewer of them than pixels, which saves minutes.
+    The pixels are first replaced by all their principal components. The L2 penalty does not change under this rotation,
+    and there are fewer components than pixels, which saves minutes.
     """
     train, test = pixels(folder, "labelled"), pixels(folder, "test")
     default = LogisticRegression(max_iter=2000)

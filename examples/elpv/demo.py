@@ -1,8 +1,8 @@
-"""The main job from end to end, on real images, in minutes: `make demo`.
+"""Run the main job from start to end, on real images, in minutes: `make demo`.
 
 SimMIM pre-training of a nano Swin V2 on unlabelled photographs under ZeRO-3; fine-tuning on a fifth of the labels;
-the same model from scratch on the same labels for the same budget; logistic regression on pixels. Everything runs
-through the commands a user types. Writes runs/demo/summary.json and runs/demo/reconstruction.png.
+the same model from scratch on the same labels for the same number of steps; logistic regression on pixels. Everything
+runs by the commands that a user types. Writes runs/demo/summary.json and runs/demo/reconstruction.png.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ STAGES = ["shards", "pretrain", "finetune", "from_scratch", "evaluate", "baselin
 
 
 def main() -> None:
+    """Run all stages, write the summary and print the results."""
     print(f"{LICENCE}\n")
-    shutil.rmtree(RUNS, ignore_errors=True)  # a demo starts anew; `dsmim train` itself would resume
+    shutil.rmtree(RUNS, ignore_errors=True)  # a demo starts from nothing; `dsmim train` would resume
     RUNS.mkdir(parents=True)
     clock = Clock()
     counts = clock.run("shards", lambda: prepare(DATA))
@@ -58,12 +59,13 @@ def main() -> None:
 
 
 class Clock:
-    """Runs the stages one after another and keeps how long each took."""
+    """Runs the stages one after another and measures the seconds of each."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     def run(self, stage: str, action):
+        """Run one stage. Return what its action returns."""
         spent = sum(self.seconds.values())
         print(f"\n[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage} ({spent:.0f} s so far)", flush=True)
         begun = time.monotonic()
@@ -73,9 +75,9 @@ class Clock:
 
 
 def launch(*words: object) -> None:
-    """Run dsmim under the deepspeed launcher, one rank per GPU, or two on a machine without."""
+    """Run dsmim under the deepspeed launcher: one rank per GPU, or two ranks on a machine without GPUs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if GPUS and visible:  # the launcher would take the first GPUs of the machine instead of those meant
+    if GPUS and visible:  # the launcher would use the first GPUs of the machine instead of these
         where = ["--include", "localhost:" + ",".join(visible.split(",")[:RANKS])]
     else:
         where = ["--num_accelerators", RANKS]
@@ -83,24 +85,26 @@ def launch(*words: object) -> None:
 
 
 def run(*words: object) -> None:
+    """Run a command, and end the demo if it fails."""
     done = subprocess.run([str(word) for word in words], env=ENVIRONMENT)
     if done.returncode:
         sys.exit(f"demo: {' '.join(map(str, words))} ended with status {done.returncode}")
 
 
 def train(recipe: str, name: str, *overrides: str) -> None:
+    """Train a recipe in the run directory runs/demo/NAME."""
     launch("train", recipe, "--run-dir", RUNS / name, *overrides)
 
 
 def evaluate(name: str) -> dict:
-    """Figures of a run's last checkpoint on the test images, by one process: the same at any world size."""
+    """Return the figures of a run's last checkpoint on the test images, measured by one process."""
     out = RUNS / f"{name}.json"
     run(BIN / "dsmim", "evaluate", RUNS / name, f"data.val={DATA}/test-*.tar", "--json", out)
     return json.loads(out.read_text())
 
 
 def curve(metrics: Path) -> dict[str, list]:
-    """Steps at which the validation loss was measured, that loss, and the mean training loss since the last."""
+    """Return the steps of the validations, their loss, and the mean training loss since the validation before."""
     steps, train_loss, val_loss, window = [], [], [], []
     for line in map(json.loads, metrics.read_text().splitlines()):
         if "loss" in line:
@@ -114,6 +118,7 @@ def curve(metrics: Path) -> dict[str, list]:
 
 
 def table(summary: dict) -> str:
+    """Return the results as lines of text."""
     pretrain, images = summary["pretrain"], summary["images"]
     rows = [
         ("SimMIM pre-training, then fine-tuning", summary["finetune"]["accuracy"]),

@@ -1,4 +1,4 @@
-"""Eight validation images, what was hidden of them, and what the pre-trained model made of it."""
+"""Draw eight validation images, their hidden parts, and the reconstruction by the pre-trained model."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ GREY = 128
 
 @torch.no_grad()
 def draw(run_dir: Path, out: Path) -> None:
-    """Write a PNG: one row per image, with the image, the masked image and the reconstruction side by side.
+    """Write a PNG: for each image, the image, the masked image and the reconstruction side by side.
 
-    Where the target is normalised, the prediction is brought back by the mean and deviation of the original's
-    windows, as is usual for such pictures. What was not hidden is shown as it was.
+    If the target is normalised, the prediction is scaled back by the mean and deviation of the original's windows, as
+    is usual for such pictures. Pixels that were not hidden are those of the image.
     """
     found = reading.locate(run_dir)
     task = build_task(recipe := recipe_of(found, []))
@@ -46,6 +46,6 @@ def draw(run_dir: Path, out: Path) -> None:
 
 
 def _denormalisation(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slope and offset per channel of `normalise`, which is affine."""
+    """Return the slope and offset per channel, (1, C, 1, 1) each, of `normalise`, which is affine."""
     black, white = (normalise(torch.full_like(images[:1, :, :1, :1], value)) for value in (0, 255))
     return (white - black) / 255, black

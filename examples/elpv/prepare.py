@@ -1,4 +1,4 @@
-"""The demo's data: 2,624 photographs of solar cells (elpv-dataset), split, tabled and packed into shards.
+"""Prepare the data of the demo: split 2,624 photographs of solar cells (elpv-dataset), and build shards of them.
 
 The images come with the PyPI package elpv-dataset (S. Deitsch et al., Solar Energy 185, 2019; CC BY-NC-SA 4.0).
 """
@@ -24,21 +24,21 @@ LICENCE = (
 
 
 def image_root() -> Path:
-    """The folder of the installed package that the image paths are relative to."""
+    """Return the folder of the installed package that the image paths start from."""
     return Path(find_spec("elpv_dataset").origin).parent / "data"
 
 
 def read_labels(root: Path) -> list[tuple[str, int]]:
-    """(path, label) of every image: crystal type × whether the defect probability is at least 0.5."""
+    """Return (path, label) of every image: crystal type × whether the defect probability is at least 0.5."""
     rows = [line.split() for line in (root / "labels.csv").read_text().splitlines() if line.strip()]
     return [(path, 2 * (kind == "poly") + (float(probability) >= 0.5)) for path, probability, kind in rows]
 
 
 def split(items: list[tuple[str, int]]) -> dict[str, list[tuple[str, int]]]:
-    """Random test and validation sets; the rest trains, and a fifth of each class of it keeps its label.
+    """Draw random test and validation sets. The rest is for training, where a fifth of each class keeps its label.
 
-    Cells of one module look alike and the data set does not say which belong together, so that a random split is
-    easier than new modules would be.
+    Cells of one module look alike, and the data set does not say which belong together. So this test set is easier than
+    cells of new modules would be.
     """
     generator = np.random.default_rng(SEED)
     mixed = [items[i] for i in generator.permutation(len(items))]
@@ -49,9 +49,9 @@ def split(items: list[tuple[str, int]]) -> dict[str, list[tuple[str, int]]]:
 
 
 def prepare(out: Path) -> dict[str, int]:
-    """Write the tables and build the shards by `dsmim shards build`; gives the number of images in each part.
+    """Write the tables and build the shards by `dsmim shards build`. Return the number of images in each part.
 
-    `train` has no labels. Images are shrunk from 300 to 128 pixels, of which the demo's model sees 96.
+    `train` has no labels. Images are shrunk from 300 to 128 pixels; the demo's model sees 96 of them.
     """
     root = image_root()
     parts = split(read_labels(root))

@@ -60,9 +60,11 @@ def test_bad_requests_end_in_one_clear_error(capsys, recipe, words, message):
     assert error.startswith("dsmim: error: ") and message in error
 
 
-def test_unknown_recipe_lists_the_known(capsys):
+def test_unknown_recipe_names_the_nearest_or_all(capsys):
     assert main(["recipes", "demo_pretrian"]) == 1
-    assert "demo_pretrain" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("did you mean demo_pretrain?\n")
+    assert main(["recipes", "/nowhere/r.yaml"]) == 1
+    assert ", ".join(shipped_recipes()) in capsys.readouterr().err
 
 
 def test_recipes_are_listed_and_printed_whole(capsys):
@@ -89,7 +91,7 @@ def test_usage_errors(words):
     assert ended.value.code == 2
 
 
-def test_overrides_may_stand_behind_options(capsys, recipe):
+def test_overrides_may_follow_options(capsys, recipe):
     assert main(["samples", recipe, "--steps", "0:1", "batch.global_batch=2", "--world-size", "2", "seed=3"]) == 0
     assert len(capsys.readouterr().out.split()) == 2
 
@@ -102,7 +104,7 @@ def test_help_is_instant_and_loads_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_closed_pipe_is_no_error(recipe):
+def test_a_closed_pipe_is_not_an_error(recipe):
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(

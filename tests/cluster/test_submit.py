@@ -134,7 +134,7 @@ def test_a_run_with_another_recipe_needs_fork(home, capsys):
     assert code == 1 and "the shards are not those the run was started with" in error
     code, script, _ = submit(capsys, "run", "batch.eval_batch=2", "--template", "evaluate")
     assert code == 0 and f"set -- {home}/run batch.eval_batch=2\n" in script and "--signal" not in script
-    assert submit(capsys, "shards", "--template", "evaluate")[2].count("shards: holds no checkpoint") == 1
+    assert submit(capsys, "shards", "--template", "evaluate")[2].count("shards: contains no checkpoint") == 1
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

@@ -1,3 +1,7 @@
+"""Recipes: every error at once, with its key and its fix."""
+
+from functools import reduce
+
 import pytest
 import yaml
 
@@ -49,7 +53,7 @@ def test_all_problems_at_once_with_the_nearest_key(tmp_path):
     tree["scheduler"] = {}
     found = problems_of(tree)
     assert "optim.lrr: unknown key; did you mean lr?" in found
-    assert "optim.lr: missing, must be given" in found
+    assert "optim.lr: missing; give it a value" in found
     assert any(p.startswith("optim.weight_decay: input should be greater than or equal to 0") for p in found)
     assert "task.mask_rato: unknown key; did you mean mask_ratio?" in found
     assert "scheduler: unknown key; did you mean schedule?" in found
@@ -62,10 +66,11 @@ def test_all_problems_at_once_with_the_nearest_key(tmp_path):
         (("schedule", "duration"), {"steps": 5, "epochs": 1}, "schedule.duration: give exactly one of"),
         (("task", "target_window"), 46, "must be odd"),
         (("task", "mask_patch"), 24, "does not divide model.img_size 32"),
-        (("task", "name"), "simim", "task: "),
+        (("task", "name"), "simim", "task.name: 'simim' is unknown; did you mean simmim?"),
+        (("task",), {}, "task.name: missing; give it a value"),
         (("batch", "micro_batch"), 3, "batch.global_batch: 8 is not a multiple of batch.micro_batch 3"),
         (("schedule", "name"), "multistep", "schedule: milestones"),
-        (("data", "augment"), {"crop_scale": [1.0, 0.5]}, "crop_scale goes from small to large"),
+        (("data", "augment"), {"crop_scale": [1.0, 0.5]}, "crop_scale must go from small to large"),
         (("data", "augment"), {"rand_augment": "foo"}, "data.augment.rand_augment: string should match"),
         (("optim", "lr"), float("inf"), "optim.lr: input should be a finite number"),
         (("data", "workers"), "many", "data.workers: input should be a valid integer"),
@@ -73,7 +78,8 @@ def test_all_problems_at_once_with_the_nearest_key(tmp_path):
 )
 def test_contradictions_name_the_key(tmp_path, path, value, message):
     tree = tiny_recipe(tmp_path)
-    tree[path[0]][path[1]] = value
+    *parents, key = path
+    reduce(dict.get, parents, tree)[key] = value
     found = problems_of(tree)
     assert len(found) == 1 and message in found[0], found
 
@@ -85,6 +91,13 @@ def test_key_given_twice_is_an_error(tmp_path):
         load_recipe(str(file))
 
 
+def test_file_that_is_not_text_is_named(tmp_path):
+    file = tmp_path / "binary.yaml"
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(RecipeError, match=f"recipe {file}: 1 problem:\n  not valid YAML"):
+        load_recipe(str(file))
+
+
 def test_overrides(tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump(tiny_recipe(tmp_path)))
@@ -92,7 +105,7 @@ def test_overrides(tmp_path):
     assert (recipe.optim.lr, recipe.data.train, recipe.engine.precision) == (2e-3, "*.tar", "bf16")
     with pytest.raises(RecipeError, match="not of the form key=value"):
         load_recipe(str(file), ["optim.lr"])
-    with pytest.raises(RecipeError, match="holds a value"):
+    with pytest.raises(RecipeError, match="is a value, not a section"):
         load_recipe(str(file), ["name.x=1"])
 
 

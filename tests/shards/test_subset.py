@@ -148,8 +148,8 @@ def test_keys_that_stand_in_two_shards_are_told_apart(tmp_path):
 
 def test_words_that_do_not_fit(half, capsys):
     for words, message in [
-        (["--fraction", "0.1"], "is there already"),
-        (["--seed", "1"], "say how to draw a --fraction"),
+        (["--fraction", "0.1"], "exists already"),
+        (["--seed", "1"], "have no effect without --fraction"),
     ]:
         assert main(["shards", "subset", f"{half}/train-*.tar", str(half / "half.txt"), *words]) == 1
         assert message in capsys.readouterr().err

@@ -1,0 +1,42 @@
+"""What the sections of a recipe are made of: their base class, numbers with limits, and durations."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the recipe. Unknown keys are errors, and values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Duration(Section):
+    """A length of training, in exactly one of three units."""
+
+    steps: Annotated[int, Field(ge=0)] | None = None
+    """Optimizer steps."""
+    epochs: Annotated[float, Field(ge=0)] | None = None
+    """Passes over the training set (with repeated augmentation, an epoch includes every repeat)."""
+    samples: Annotated[int, Field(ge=0)] | None = None
+    """Training samples seen."""
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> Duration:
+        if sum(v is not None for v in (self.steps, self.epochs, self.samples)) != 1:
+            raise ValueError("give exactly one of steps, epochs, samples")
+        return self
+
+    def in_steps(self, global_batch: int, epoch_samples: int) -> int:
+        """Return the number of optimizer steps, rounded up so that the last sample is seen."""
+        if self.steps is not None:
+            return self.steps
+        samples = self.samples if self.samples is not None else self.epochs * epoch_samples
+        return math.ceil(samples / global_batch - 1e-9)  # 1e-9: float epochs such as 0.1 * 10 must not add a step
