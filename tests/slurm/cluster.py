@@ -60,6 +60,11 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=9 PreemptMode=OFF S
 """
 
 
+def patience(seconds: float) -> float:
+    """Return a test's deadline: `seconds` are enough on an idle machine; DSMIM_TEST_TIMEOUT_FACTOR multiplies them."""
+    return seconds * float(os.environ.get("DSMIM_TEST_TIMEOUT_FACTOR", "1"))
+
+
 def missing() -> str | None:
     """Why no cluster can be had here; None when one can."""
     absent = [name for name in WANTED if not shutil.which(name)]
