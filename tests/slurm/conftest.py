@@ -40,7 +40,7 @@ class User:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def wait_for_output(self, job: int, text: str, timeout: float = 180) -> None:
-        """Wait until the job prints `text`. Raises TimeoutError; AssertionError, with its output, if the job ends before."""
+        """Wait until the job prints `text`. Raises TimeoutError, or AssertionError with its output if the job ends."""
 
         def printed() -> bool:
             if text in self.output(job):

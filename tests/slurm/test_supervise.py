@@ -7,8 +7,8 @@ import pytest
 from tests.slurm.conftest import TEMPLATES
 
 TWO = ("--nodes=2", "--ntasks-per-node=1", "--open-mode=append", "--requeue")
-# With two tasks that exit with the same code, Slurm may end the slower one (143) before it exits. Ranks survive SIGTERM;
-# see docs/slurm.md.
+# With two tasks that exit with the same code, Slurm may end the slower one (143) before it exits. Ranks survive a
+# SIGTERM; see docs/slurm.md.
 ALONE = "--nodes=1"
 
 
