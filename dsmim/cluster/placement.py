@@ -144,7 +144,7 @@ def _check_against_mpi(place: Placement, env: Mapping[str, str]) -> None:
 
 
 def _check_against_slurm(place: Placement, env: Mapping[str, str]) -> None:
-    """Check that this process sees all tasks of the Slurm job. If not, every task would train a run of its own."""
+    """Check that this process sees all tasks of the Slurm job. If not, every task would train a separate run."""
     step_tasks = int(env.get("SLURM_STEP_NUM_TASKS", 0))
     tasks = step_tasks or int(env.get("SLURM_NTASKS", 1))
     if place.world_size < step_tasks or (place.world_size == 1 and tasks > 1):
@@ -156,6 +156,6 @@ def _check_against_slurm(place: Placement, env: Mapping[str, str]) -> None:
     if int(env.get("SLURM_STEP_NUM_NODES", 1)) > 1 and place.local_world_size == place.world_size > 1:
         raise ValueError(
             f"Slurm started this step on {env['SLURM_STEP_NUM_NODES']} nodes but all {place.world_size} ranks of this "
-            f"world ({place.launcher}) are on one: every node would train its own run. Give torchrun --nnodes and a "
+            f"world ({place.launcher}) are on one: every node would train a separate run. Give torchrun --nnodes and a "
             "rendezvous endpoint, or start with `srun python -m dsmim …`"
         )

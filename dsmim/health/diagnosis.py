@@ -79,7 +79,7 @@ def _wait_for_readers(place: Placement, interval: float) -> None:
 def _within(seconds: float, action: Callable[[], Any]) -> Any:
     """Return what `action` returns, or raise what it raises. Raises TimeoutError when it takes longer than `seconds`.
 
-    The action runs in a daemon thread of its own, which is left running after a timeout.
+    The action runs in a separate daemon thread, which is left running after a timeout.
     """
     outcome: list[tuple[Any, Exception | None]] = []
 

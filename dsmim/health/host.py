@@ -19,7 +19,7 @@ from dsmim.cluster.placement import Placement
 from dsmim.health.memory_limit import Limit, memory_limit
 
 AGAIN = 600.0  # seconds after which a warning that is still true is repeated
-BETTER = 1.5  # a warning may be given again after more than this many times its limit was left in between
+BETTER = 1.5  # a second warning needs at least this many times the limit to have been left in between
 FEW_FILES = 0.1  # warn when less than this share of a process's open files is left
 NAMED = 5  # how many processes a warning names
 Sample = dict[str, Any]

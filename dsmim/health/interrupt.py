@@ -48,14 +48,14 @@ class Interrupt:
     def fetch(self, batches: Iterator[Any]) -> Any | None:
         """Return the next of `batches`; None when this rank has been asked to stop, before or while it waits."""
         try:
-            with self._stop_waiting():
+            with self._interruptible():
                 return next(batches)
         except _StopWaiting:
             return None
 
     @contextmanager
-    def _stop_waiting(self) -> Iterator[None]:
-        self._waiting = True  # before the test, or a signal between these two lines would be missed
+    def _interruptible(self) -> Iterator[None]:
+        self._waiting = True  # before the check of `reason`: a signal between the two must not be missed
         try:
             if self.reason is not None:
                 raise _StopWaiting

@@ -1,4 +1,4 @@
-"""Replay bundles: the batches of a step whose loss or gradient was not finite, kept so that it can be computed again.
+"""Replay bundles: the batches of a step whose loss or gradient was not finite, kept to compute the step again.
 
 RUN/replay/step_00001234/rank_0.safetensors   the tensors of this rank's micro batches, as the model saw them
 RUN/replay/step_00001234/rank_0.json          everything else (sample keys, seeds, loss, recipe); written last

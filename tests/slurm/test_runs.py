@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.runs import metrics, read_weights
+from tests.slurm.cluster import patience
 from tests.slurm.conftest import STEPS
 
 LAST = f"step {STEPS}/{STEPS}"
@@ -31,7 +32,8 @@ def straight(user) -> Path:
         f"cpus_per_task: 1\npartition: normal\nsetup: ['test -d {user.home}']\nenv: {{WORD: 'two words'}}\n"
         "sbatch: [--comment=straight]\nsrun: [--label]\n"
     )
-    words = ("dsmim", "submit", "r.yaml", "--nodes", 2, "--gpus-per-node", 1, "--time", 10, "--profile", "profile.yaml")
+    words = ("dsmim", "submit", "r.yaml", "--nodes", 2, "--gpus-per-node", 1, "--time", round(patience(10)),
+             "--profile", "profile.yaml")  # fmt: skip
     done = user.cluster.run(*words, "--run-dir", "straight", "--set", "log.every=1", cwd=user.home)
     job = int(done.stdout)
     user.cluster.wait(job, "RUNNING", "COMPLETED")
