@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Submit pre-training, then fine-tuning as a job array, then the evaluation of each variant:
 #   slurm/pipeline.sh RUN_DIR PRETRAIN_RECIPE FINETUNE_RECIPE [key=value …]
-# key=value goes to both recipes, such as data.train=…. What is varied in fine-tuning: DSMIM_SWEEP="seed=0 seed=1 seed=2",
-# or "optim.lr=1e-3 optim.lr=5e-4". Further options of each sbatch: DSMIM_SBATCH="--partition=gpu --account=me".
-# A job whose predecessor failed is cancelled. Prints the numbers of the three jobs.
+# key=value changes both recipes, such as data.train=…. Variants of fine-tuning: DSMIM_SWEEP="seed=0 seed=1 seed=2" or
+# "optim.lr=1e-3 optim.lr=5e-4". More options for each sbatch: DSMIM_SBATCH="--partition=gpu --account=me".
+# If a job fails, the jobs that need it are cancelled. Prints the numbers of the three jobs.
 set -euo pipefail
 if [ "$#" -lt 3 ]; then
   sed -n '2,6s/^# //p' "$0" >&2

@@ -36,11 +36,11 @@ def add_submit(commands) -> None:
 
 
 def _submit(options: argparse.Namespace) -> None:
-    from dsmim.cluster.submit import absence, submit
+    from dsmim.cluster.submit import submit, why_unavailable
 
-    no_slurm = absence()
-    if no_slurm and not options.dry_run:
-        raise ValueError(f"{no_slurm}; submit on the cluster's login node (--dry-run prints the script anywhere)")
+    without = why_unavailable()
+    if without and not options.dry_run:
+        raise ValueError(f"{without}; submit on the cluster's login node (--dry-run prints the script anywhere)")
     overrides = [*options.set, *options.overrides]
     run_dir, recipe, problems = _checked(options, overrides)
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -100,7 +100,7 @@ def _script(job: Job, profile_source: str | None, problems: list[str], ask_slurm
     from dsmim.cluster.profile import load_profile
     from dsmim.cluster.script import render
     from dsmim.cluster.slurm import limit_seconds
-    from dsmim.cluster.submit import overridden, refusal
+    from dsmim.cluster.submit import overridden, why_refused
     from dsmim.preflight import Findings
 
     found = Findings()
@@ -115,7 +115,7 @@ def _script(job: Job, profile_source: str | None, problems: list[str], ask_slurm
     if script:
         found.problems += overridden(script, os.environ)
     if script and not found.problems and ask_slurm:
-        found.problems += filter(None, [found.check(refusal, script)])
+        found.problems += filter(None, [found.check(why_refused, script)])
     problems += found.problems
     return script
 

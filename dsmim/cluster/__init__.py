@@ -1,4 +1,4 @@
 """Schedulers and launchers: this process's rank, Slurm scripts, cluster profiles, submission."""
 
 TEMPLATES = ("pretrain", "finetune", "evaluate", "pretrain_deepspeed", "pretrain_mpirun")
-"""Those that `dsmim submit` fills in, in slurm/."""
+"""The templates in slurm/ that `dsmim submit` fills in."""

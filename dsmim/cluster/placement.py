@@ -1,8 +1,8 @@
-"""Who am I among how many: decided once, from what the launcher left in the environment.
+"""Find this process's rank and the world size, once, from the environment variables that the launcher has set.
 
-In this order: the deepspeed launcher and torchrun (RANK, WORLD_SIZE, …), mpirun (Open MPI's or Hydra's variables,
-then mpi4py), srun (SLURM_* of the step), a lone process. What contradicts itself is an error: several tasks that each
-see a world of one would train the same run several times over, silently.
+Launchers are tried in this order: deepspeed and torchrun (RANK, WORLD_SIZE, …), mpirun (variables of Open MPI or Hydra,
+then mpi4py), srun (SLURM_* of the job step), a single process. Variables that contradict one another are an error: if
+several tasks each saw a world size of 1, each would train the whole run, silently.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PO
 
 @dataclass(frozen=True)
 class Placement:
-    """A process's place among its peers."""
+    """A process's place among the ranks of a run."""
 
     launcher: str
     rank: int
@@ -31,7 +31,7 @@ class Placement:
 
 
 def detect(env: Mapping[str, str]) -> Placement:
-    """The placement that the environment describes.
+    """Return the placement that the environment describes.
 
     Raises ValueError when variables are missing, out of range, or contradict one another.
     """
@@ -50,13 +50,13 @@ def detect(env: Mapping[str, str]) -> Placement:
 
 
 def is_first(env: Mapping[str, str]) -> bool:
-    """Whether this process would speak for all, told without starting anything."""
+    """Return whether this process is rank 0. Reads variables only: no MPI is started, nothing is checked."""
     names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
     return next((env[name] for name in names if name in env), "0") == "0"
 
 
 def free_port() -> int:
-    """A TCP port that is free on this machine now."""
+    """Return a TCP port that is free on this machine now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
@@ -98,7 +98,7 @@ def _from_slurm(env: Mapping[str, str]) -> Placement:
     per_node = expand_counts(env.get("SLURM_STEP_TASKS_PER_NODE", ""))
     node = int(env.get("SLURM_NODEID", 0))
     size = per_node[node] if node < len(per_node) else 1
-    # Jobs that share a node must not share a port; nor must two steps of one job.
+    # Two jobs on one node, and two steps of one job, must not use the same port.
     job, step = int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_STEP_ID", 0))
     port = int(env.get("MASTER_PORT") or 10000 + (job * 17 + step) % 20000)
     address = env.get("MASTER_ADDR") or _first_host(env)
@@ -113,11 +113,11 @@ def _first_host(env: Mapping[str, str]) -> str:
         lines = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
         return lines.stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
-        raise ValueError(f"cannot tell the first host of {nodes!r} ({error}); set MASTER_ADDR in the job") from None
+        raise ValueError(f"cannot find the first host of {nodes!r} ({error}); set MASTER_ADDR in the job") from None
 
 
 def expand_counts(text: str) -> list[int]:
-    """[2, 2, 1] of Slurm's '2(x2),1'."""
+    """Return the numbers of tasks per node, such as [2, 2, 1] for Slurm's '2(x2),1'."""
     counts = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         counts += [int(count)] * int(times or 1)
@@ -133,7 +133,7 @@ def _check_range(place: Placement) -> None:
 
 
 def _check_against_mpi(place: Placement, env: Mapping[str, str]) -> None:
-    """What an MPI launcher announces must not be more than what this process sees."""
+    """Check that the MPI launcher has not started more ranks than this process sees."""
     for name in ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE"):
         if place.world_size < int(env.get(name) or 0):
             raise ValueError(
@@ -144,18 +144,18 @@ def _check_against_mpi(place: Placement, env: Mapping[str, str]) -> None:
 
 
 def _check_against_slurm(place: Placement, env: Mapping[str, str]) -> None:
-    """A Slurm job of several tasks in which a process sees fewer ranks than there are tasks is N separate runs."""
+    """Check that this process sees all tasks of the Slurm job. If not, every task would train a separate run."""
     step_tasks = int(env.get("SLURM_STEP_NUM_TASKS", 0))
     tasks = step_tasks or int(env.get("SLURM_NTASKS", 1))
     if place.world_size < step_tasks or (place.world_size == 1 and tasks > 1):
         raise ValueError(
             f"Slurm gives {tasks} tasks but this process sees a world of {place.world_size} ({place.launcher}): they "
             "would train as separate runs. Start with `srun python -m dsmim …` (or mpirun, torchrun, deepspeed for all "
-            "tasks); for one process on purpose, `srun --ntasks=1 …`"
+            "tasks); if you want one process, `srun --ntasks=1 …`"
         )
     if int(env.get("SLURM_STEP_NUM_NODES", 1)) > 1 and place.local_world_size == place.world_size > 1:
         raise ValueError(
             f"Slurm started this step on {env['SLURM_STEP_NUM_NODES']} nodes but all {place.world_size} ranks of this "
-            f"world ({place.launcher}) are on one: every node would train its own run. Give torchrun --nnodes and a "
-            "rendezvous, or start with `srun python -m dsmim …`"
+            f"world ({place.launcher}) are on one: every node would train a separate run. Give torchrun --nnodes and a "
+            "rendezvous endpoint, or start with `srun python -m dsmim …`"
         )

@@ -1,4 +1,4 @@
-"""A cluster's particulars, in a YAML file of the user: what no recipe and no code should know."""
+"""A profile: what is particular to one cluster (account, partition, modules, …), in a YAML file of the user."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _shell_words(text: str) -> str:
     try:
         shlex.split(_one_line(text))
     except ValueError as error:
-        raise ValueError(f"is no shell command ({error})") from None
+        raise ValueError(f"is not a shell command ({error})") from None
     return text
 
 
@@ -34,7 +34,7 @@ Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
 class Profile(BaseModel):
-    """Every key may be left out. Unknown keys are errors."""
+    """The keys of a profile. All are optional; unknown keys are errors."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True, allow_inf_nan=False
@@ -50,32 +50,32 @@ class Profile(BaseModel):
     cpus_per_task: Annotated[int, Field(ge=1)] | None = None
     """Cores of a rank and its data workers; null: as the template says."""
     mem: Word | None = None
-    """Memory of a node, as in --mem=480G; null: the cluster's default."""
+    """Memory per node, as in --mem=480G; null: the cluster's default."""
     modules: list[Word] = []
     """Loaded in the batch shell, in this order."""
     setup: list[Line] = []
-    """Further lines of the batch shell, such as the activation of an environment."""
+    """More lines for the batch shell, such as one that activates an environment."""
     container: Annotated[str, AfterValidator(_shell_words)] | None = None
-    """What the command is put behind, such as `apptainer exec --nv image.sif`."""
+    """Put before the command, such as `apptainer exec --nv image.sif`."""
     env: dict[Variable, Line] = {}
-    """Variables to export, taken literally (setup lines may compute some)."""
+    """Variables to export. Values are literal; use setup lines for computed ones."""
     sbatch: list[Option] = []
-    """Further options of sbatch."""
+    """More options for sbatch."""
     srun: list[Option] = []
-    """Further options of srun."""
+    """More options for srun."""
     signal_seconds: Annotated[int, Field(ge=60, le=65535)] = 300
-    """So long before the time limit the run is asked to save and stop; Slurm may be a minute early."""
+    """How long before the time limit Slurm asks the run to save and stop. Slurm may be up to a minute early."""
 
 
 def profile_folder() -> Path:
-    """Where profiles are looked up by name."""
+    """Return the folder in which profiles are looked up by name."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "dsmim"
 
 
 def load_profile(source: str | None) -> Profile:
-    """Read a profile by its path, or by the name of a file in profile_folder(); None: the empty one.
+    """Read a profile by its path, or by the name of a file in profile_folder(); None gives the empty profile.
 
-    Raises ValueError that lists every problem.
+    Raises ValueError, which lists every problem.
     """
     if source is None:
         return Profile()

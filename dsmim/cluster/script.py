@@ -1,5 +1,4 @@
-"""A shipped template becomes the batch script of one job: the same text with its options, its site block and its
-arguments filled in."""
+"""Make the batch script of one job from a template: fill in its #SBATCH options, its site block and its arguments."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ _RULE = 120
 
 @dataclass(frozen=True)
 class Job:
-    """What `dsmim submit` is told about one job."""
+    """One job, as the user of `dsmim submit` describes it."""
 
     template: str
     nodes: int
@@ -28,18 +27,18 @@ class Job:
     output: str
     """Slurm's pattern, such as runs/base/slurm/%x-%j.out."""
     folder: Path
-    """Where it runs: relative paths of the recipe begin there."""
+    """The working folder of the job: relative paths of the recipe start there."""
     words: tuple[str, ...]
     """The arguments of the template."""
 
 
 def template_folder() -> Path:
-    """Where the shipped templates and supervise.sh lie."""
+    """Return the folder of the templates and supervise.sh."""
     return Path(str(resources.files("dsmim"))) / "slurm"
 
 
 def render(job: Job, profile: Profile) -> str:
-    """The batch script. Raises ValueError where the template cannot do what the profile asks for."""
+    """Return the batch script. Raises ValueError when the template cannot do what the profile asks for."""
     lines = (template_folder() / f"{job.template}.sbatch").read_text().splitlines()
     begin = next(n for n, line in enumerate(lines) if line.startswith(_SITE))
     end = next(n for n, line in enumerate(lines) if line.startswith(_SITE_ENDS))
@@ -47,7 +46,7 @@ def render(job: Job, profile: Profile) -> str:
     slots = [line.split("=")[0] for line in lines[begin:end]]
     script = [
         lines[0],
-        f"# Made by `dsmim submit` from its template {job.template}; `sbatch` with this file goes on.",
+        f"# Made by `dsmim submit` from its template {job.template}. To resume the run, `sbatch` this file again.",
         *_header(header, job, profile),
         "",
         f"{_SITE}, from the profile ".ljust(_RULE, "-"),
@@ -62,7 +61,7 @@ def render(job: Job, profile: Profile) -> str:
 
 
 def _header(template: list[re.Match], job: Job, profile: Profile) -> list[str]:
-    """The template's own options with the job's values; what the job does not say stays."""
+    """Return the template's #SBATCH lines with the values of the job; other options stay as they are."""
     kind = f"{profile.gpu_type}:" if profile.gpu_type else ""
     own = {
         "job-name": job.name,
@@ -87,11 +86,11 @@ def _site_options(profile: Profile) -> dict[str, str]:
 
 
 def _site_lines(profile: Profile, slots: list[str], template: str) -> list[str]:
-    """slots: what the template's own site block can be told, such as container."""
+    """Return the profile's lines for the site block. slots: what the template lets a profile set, such as container."""
     if profile.container and "container" not in slots:
         raise ValueError(
-            f"container: {template} starts its launcher in the batch shell, outside of a container; use the template "
-            "pretrain (srun), or leave the container out and set the environment up"
+            f"container: {template} starts its launcher in the batch shell, outside any container. Use the template "
+            "pretrain (srun), or remove the container and activate an environment in `setup`"
         )
     lines = [f"module load {' '.join(profile.modules)}"] if profile.modules else []
     lines += profile.setup

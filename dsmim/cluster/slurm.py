@@ -1,4 +1,4 @@
-"""What Slurm knows of the job that this process belongs to."""
+"""Ask Slurm about the job that this process belongs to, and read Slurm's time limits."""
 
 from __future__ import annotations
 
@@ -8,31 +8,34 @@ import subprocess
 from collections.abc import Mapping
 
 TIMEOUT = 10
-"""Seconds to wait for an answer of Slurm's controller; a busy one can take longer, and then nobody waits for it."""
+"""Seconds to wait for Slurm's controller. A busy one may take longer; then the run continues without an answer."""
 
 
 def end_of_job(env: Mapping[str, str]) -> float | None:
-    """When the job that `env` describes will be ended by Slurm, in seconds since the epoch.
+    """Return when Slurm will end the job that `env` describes, in seconds since 1970.
 
-    None outside a job, without a time limit, or when nobody can tell (no squeue in a container, no answer). Never
-    raises. What SLURM_JOB_END_TIME says is taken as it is; slurm/supervise.sh sets it where Slurm (22.05) does not, so
-    that ranks need not ask one by one.
+    None outside a job, without a time limit, or when Slurm cannot be asked (no squeue in a container, no answer). Never
+    raises. SLURM_JOB_END_TIME is used if it is set. slurm/supervise.sh sets it where Slurm (22.05) does not, so that
+    ranks need not ask one by one.
     """
-    told = _seconds(env.get("SLURM_JOB_END_TIME", ""))
+    end = _seconds(env.get("SLURM_JOB_END_TIME", ""))
     job = job_of(env)
-    return told if told is not None or job is None else _ask(job, env)
+    return end if end is not None or job is None else _ask_end(job, env)
 
 
 def job_of(env: Mapping[str, str]) -> str | None:
-    """The job's name for Slurm's commands. In a job array ARRAY_TASK, because one of the tasks bears the number of the
-    whole array, and a command would reach all of them."""
+    """Return the job's number for Slurm's commands; None outside a job.
+
+    In a job array it is ARRAY_TASK. One task of an array has the number of the whole array, so a command with that
+    number would reach all tasks.
+    """
     names = ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID") if "SLURM_ARRAY_TASK_ID" in env else ("SLURM_JOB_ID",)
     numbers = [env.get(name, "") for name in names]
     return "_".join(numbers) if all(re.fullmatch(r"[0-9]+", number) for number in numbers) else None
 
 
-def _ask(job: str, env: Mapping[str, str]) -> float | None:
-    # SQUEUE_… of the user would filter or reshape the answer; %s is seconds since the epoch in any time zone.
+def _ask_end(job: str, env: Mapping[str, str]) -> float | None:
+    # The user's SQUEUE_… variables would filter or reformat the answer. %s: seconds since 1970, in any time zone.
     plain = {key: value for key, value in env.items() if not key.startswith("SQUEUE_")} | {"SLURM_TIME_FORMAT": "%s"}
     plain.setdefault("PATH", os.defpath)
     words = ["squeue", "--noheader", f"--jobs={job}", "--format=%e"]
@@ -46,13 +49,16 @@ def _ask(job: str, env: Mapping[str, str]) -> float | None:
 
 
 def _seconds(text: str) -> float | None:
-    """None of what is no time, such as NONE for a job without a limit."""
+    """Return the time as a number; None for other text, such as NONE for a job without a limit."""
     return float(text) if re.fullmatch(r"[0-9]{9,12}", text) else None
 
 
 def limit_seconds(text: str) -> int | None:
-    """Seconds of a time limit as Slurm writes it: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS; None of
-    UNLIMITED. Raises ValueError for anything else, and for no time at all."""
+    """Return the seconds of a time limit; None for UNLIMITED.
+
+    Slurm writes one as minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS (sbatch(1), --time). Raises ValueError for
+    anything else, and for zero.
+    """
     if text.upper() in ("UNLIMITED", "INFINITE"):
         return None
     match = re.fullmatch(r"(?:([0-9]+)-)?([0-9]+)(?::([0-9]+))?(?::([0-9]+))?", text)
@@ -66,5 +72,5 @@ def limit_seconds(text: str) -> int | None:
     else:
         seconds = first * 60 + (second or 0)
     if not seconds:
-        raise ValueError(f"--time: {text!r} is no time at all")
+        raise ValueError(f"--time: {text!r} is zero")
     return seconds

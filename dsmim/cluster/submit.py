@@ -1,4 +1,4 @@
-"""sbatch: asked whether it would take a script, and given one."""
+"""Ask Slurm whether it accepts a batch script, and submit it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 TIMEOUT = 120
-"""Seconds to wait for the controller."""
-# What sbatch reads from the environment, and prefers to the script (sbatch(1), INPUT ENVIRONMENT VARIABLES).
+"""Seconds to wait for Slurm's controller."""
+# Variables that sbatch uses instead of the options in the script (sbatch(1), INPUT ENVIRONMENT VARIABLES).
 _OVERRIDES = {
     "SBATCH_ACCOUNT": "account", "SBATCH_CONSTRAINT": "constraint", "SBATCH_GPUS_PER_NODE": "gpus-per-node",
     "SBATCH_MEM_PER_NODE": "mem", "SBATCH_OPEN_MODE": "open-mode", "SBATCH_OUTPUT": "output",
@@ -18,8 +18,8 @@ _OVERRIDES = {
 }  # fmt: skip
 
 
-def absence() -> str | None:
-    """Why no job can be submitted from this machine; None when its Slurm answers."""
+def why_unavailable() -> str | None:
+    """Return why no job can be submitted from this machine; None when Slurm answers."""
     if not shutil.which("sbatch"):
         return "no sbatch on this machine"
     try:
@@ -29,17 +29,17 @@ def absence() -> str | None:
     return (done.stderr.strip() or done.stdout.strip() or "scontrol ping failed") if done.returncode else None
 
 
-def refusal(script: str) -> str | None:
-    """Why Slurm would not take the script, in its own words; None when it would."""
+def why_refused(script: str) -> str | None:
+    """Return why Slurm would refuse the script, in its own words; None when it would accept it."""
     done = _run(["sbatch", "--test-only"], script)
     if not done.returncode:
         return None
-    said = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines()]
-    return f"sbatch --test-only: {'; '.join(line for line in said if line) or f'exit code {done.returncode}'}"
+    lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines()]
+    return f"sbatch --test-only: {'; '.join(line for line in lines if line) or f'exit code {done.returncode}'}"
 
 
 def submit(file: Path) -> str:
-    """The number of the new job. Raises ValueError with Slurm's words."""
+    """Submit the script; return the number of the new job. Raises ValueError with Slurm's own words."""
     done = _run(["sbatch", "--parsable", str(file)])
     if done.returncode:
         raise ValueError(f"{file}: not submitted: {done.stderr.strip()}")
@@ -47,7 +47,7 @@ def submit(file: Path) -> str:
 
 
 def overridden(script: str, env: Mapping[str, str]) -> list[str]:
-    """Options of the script that variables of the environment would replace, one line each."""
+    """Return one line for each option of the script that an environment variable would replace."""
     options = dict(
         line.removeprefix("#SBATCH --").partition("=")[::2] for line in script.splitlines() if line[:8] == "#SBATCH "
     )

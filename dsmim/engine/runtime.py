@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import nn
 
 from dsmim.cluster.placement import TORCH_VARIABLES, Placement, detect
-from dsmim.health.heartbeat import Heartbeat, is_lost_peer, set_timeout
+from dsmim.health.collectives import is_lost_peer, set_timeout
 from dsmim.health.host import HostMonitor
+from dsmim.health.monitor import RankMonitor
 from dsmim.health.outcome import FAILED, LOST, LostPeer, Stopped
 
 _CHANGED = (*TORCH_VARIABLES, "DS_ACCELERATOR", "OMPI_COMM_WORLD_LOCAL_RANK")
@@ -40,7 +41,7 @@ class Runtime:
     device: torch.device
     timeout_minutes: float = 10
     """How long ranks wait for one another outside of training steps."""
-    beat: Heartbeat | None = None
+    beat: RankMonitor | None = None
     host: HostMonitor | None = None
 
     @property
@@ -170,8 +171,8 @@ def joined(timeout_minutes: float = 10, low_memory: float = 0.05) -> Iterator[Ru
         runtime = start(timeout_minutes)
         set_timeout(60 * timeout_minutes)  # on accelerators with some slack, see there
         host = HostMonitor(runtime.place, lambda text: print(text, file=sys.stderr, flush=True), low_memory)
-        watch = host.watch if runtime.place.local_rank == 0 else lambda: None
-        beat = Heartbeat(runtime.place, 60 * timeout_minutes, watch)
+        every_beat = host.warn_if_low if runtime.place.local_rank == 0 else lambda: None
+        beat = RankMonitor(runtime.place, 60 * timeout_minutes, every_beat)
         try:
             yield replace(runtime, timeout_minutes=timeout_minutes, beat=beat, host=host)
         except BaseException as error:
@@ -199,8 +200,8 @@ def _environment_restored() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _lost(runtime: Runtime, beat: Heartbeat, error: BaseException) -> LostPeer:
-    found, raised = beat.diagnose(error), str(error).strip().splitlines()[0]
+def _lost(runtime: Runtime, beat: RankMonitor, error: BaseException) -> LostPeer:
+    found, raised = beat.diagnose(), str(error).strip().splitlines()[0]
     return LostPeer(f"rank {runtime.rank}: {found}\n  ({raised})", FAILED if beat.peer_failed else LOST, beat.close)
 
 

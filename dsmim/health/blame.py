@@ -1,89 +1,72 @@
-"""Which rank the others wait for, told from what each said last. Pure."""
+"""Name the ranks that the others wait for, from what each rank said last. Pure: no store, no clock, no threads."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-WORKING, BROKEN, JUDGED, ENDED = "working", "broken", "judged", "ended"
-NAMED = 4  # ranks that a sentence names one by one
+from dsmim.health.status import LEFT, WORKING, RankStatus
 
-
-@dataclass(frozen=True)
-class Entry:
-    """What one rank says of itself."""
-
-    count: int
-    """Grows with every entry."""
-    wall: float
-    """When it was said, in seconds since 1970 by the clock of its node."""
-    host: str
-    step: int | None
-    phase: str
-    seconds: float
-    """How long it had been in that phase."""
-    moves: int
-    """How many phases it has begun: ranks take them in the same order."""
-    state: str
-    """WORKING; BROKEN: a collective of its own failed; JUDGED: and it knows why; ENDED: it left by itself."""
+NAMED = 4  # how many ranks a sentence names one by one
 
 
-def blame(first: Sequence[Entry | None], second: Sequence[Entry | None], own: int, now: float) -> str:
-    """Two looks at all ranks' entries, a few beats apart → whom the others wait for, in a sentence.
+def name_missing(
+    first: Sequence[RankStatus | None], second: Sequence[RankStatus | None], own_rank: int, now: float
+) -> str:
+    """Return a sentence that names the ranks the others wait for.
 
-    now: seconds since 1970.
+    first, second: the status of all ranks, by rank, read twice a few beats apart; None for a rank that never published
+    one. A rank whose status is the same both times is taken for dead. now: seconds since 1970.
     """
-    said = {rank: entry for rank, entry in enumerate(second) if entry}
-    gone = {r: entry for r, entry in said.items() if r != own and first[r] and first[r].count == entry.count}
-    words = [f"rank {rank} never gave a sign of life" for rank, entry in enumerate(second) if not entry]
-    words += [_silence(rank, entry, now) for rank, entry in gone.items() if entry.state == WORKING]
-    if words:
-        return f"{_listed(words)}. It was killed or stopped, or its node or network failed"
-    left = [f"rank {r} on {entry.host} has left, at: {_at(entry)}" for r, entry in said.items() if entry.state == ENDED]
+    known = {rank: status for rank, status in enumerate(second) if status}
+    silent = {r: status for r, status in known.items() if r != own_rank and first[r] and first[r].beat == status.beat}
+    dead = [f"rank {rank} has never given a sign of life" for rank, status in enumerate(second) if not status]
+    dead += [_describe_silence(rank, status, now) for rank, status in silent.items() if status.state == WORKING]
+    if dead:
+        return f"{_join(dead)}. It was killed or stopped, or its node or network failed"
+    left = [f"{_name(rank, status)} has left, at: {status.phase}" for rank, status in known.items()
+            if status.state == LEFT]  # fmt: skip
     if left:
-        return f"{_listed(left)}; see what it said itself"
-    return _behind(said) or _level(said, gone, own)
+        return f"{_join(left)}; see its own message"
+    return _name_late(known) or _name_absent(known, silent, own_rank)
 
 
-def whereabouts(phase: str, step: int | None) -> str:
-    return phase if step is None else f"{phase}, step {step}"
-
-
-def _behind(said: dict[int, Entry]) -> str | None:
-    """Those with fewest phases begun."""
-    least = min(entry.moves for entry in said.values())
-    ahead = [entry for entry in said.values() if entry.moves > least]
+def _name_late(known: dict[int, RankStatus]) -> str | None:
+    """Name the ranks that have begun fewer phases than others; None when all have begun equally many."""
+    fewest = min(status.phase.number for status in known.values())
+    ahead = [status for status in known.values() if status.phase.number > fewest]
     if not ahead:
         return None
-    late = {rank: entry for rank, entry in said.items() if entry.moves == least}
-    words = [f"rank {r} on {e.host} has been at: {_at(e)} for {e.seconds:.0f} s" for r, e in late.items()]
-    (phase, step), _ = Counter((entry.phase, entry.step) for entry in ahead).most_common(1)[0]
+    late = {rank: status for rank, status in known.items() if status.phase.number == fewest}
+    words = [f"{_name(rank, status)} has been at: {status.phase} for {status.seconds:.0f} s"
+             for rank, status in late.items()]  # fmt: skip
+    phase, _ = Counter(str(status.phase) for status in ahead).most_common(1)[0]
     others = "the other rank is" if len(ahead) == 1 else f"the {len(ahead)} others are"
-    return f"{_listed(words)}; {others} at: {whereabouts(phase, step)}"
+    return f"{_join(words)}; {others} at: {phase}"
 
 
-def _level(said: dict[int, Entry], gone: dict[int, Entry], own: int) -> str:
-    """All have come to the same place, be it too late."""
-    if gone:
-        words = [f"rank {rank} on {entry.host}" for rank, entry in gone.items()]
-        return f"{_listed(words)} gave up waiting before this rank came, at: {_at(said[own])}"
-    stuck = [f"rank {rank} on {entry.host}" for rank, entry in said.items() if entry.state == WORKING]
-    if stuck and len(stuck) < len(said):
-        return f"{_listed(stuck)} did not meet the others, all being at: {_at(said[own])}"
-    return f"every rank is alive and at: {_at(said[own])}; the network between them may have failed"
+def _name_absent(known: dict[int, RankStatus], silent: dict[int, RankStatus], own_rank: int) -> str:
+    """Name the ranks that are not in the collective, although all have reached the same phase."""
+    here = known[own_rank].phase
+    if silent:
+        words = [_name(rank, status) for rank, status in silent.items()]
+        return f"{_join(words)} stopped waiting before this rank arrived, at: {here}"
+    outside = [_name(rank, status) for rank, status in known.items() if status.state == WORKING]
+    if outside and len(outside) < len(known):
+        return f"{_join(outside)} did not join the others; all ranks are at: {here}"
+    return f"every rank is alive and at: {here}; the network between them may have failed"
 
 
-def _silence(rank: int, entry: Entry, now: float) -> str:
-    seconds = max(0, now - entry.wall)  # clocks of nodes differ
-    return f"rank {rank} on {entry.host} gives no sign of life since {seconds:.0f} s, last at: {_at(entry)}"
+def _describe_silence(rank: int, status: RankStatus, now: float) -> str:
+    seconds = max(0, now - status.time)  # clocks of nodes differ
+    return f"{_name(rank, status)} has given no sign of life for {seconds:.0f} s, last at: {status.phase}"
 
 
-def _at(entry: Entry) -> str:
-    return whereabouts(entry.phase, entry.step)
+def _name(rank: int, status: RankStatus) -> str:
+    return f"rank {rank} on {status.host}"
 
 
-def _listed(words: Iterable[str]) -> str:
+def _join(words: Iterable[str]) -> str:
     words = list(words)
     more = f" and {len(words) - NAMED} more" if len(words) > NAMED else ""
     return "; ".join(words[:NAMED]) + more

@@ -1,7 +1,7 @@
-"""What a rank and its node have left: memory and open files, logged and warned of before the kernel steps in.
+"""Memory and open files of a rank and its node: figures for the log, and a warning before the kernel kills a process.
 
-Resident memory of a data worker counts the pages that it shares with its rank, which forked it; sums over processes
-are therefore upper bounds, and what is left is read where the kernel counts, not summed.
+The resident memory of a data worker includes the pages that it shares with its rank, which forked it. Sums over
+processes are therefore upper bounds. The memory left is not computed from them: see memory_limit.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import psutil
 from dsmim.cluster.placement import Placement
 from dsmim.health.memory_limit import Limit, memory_limit
 
-AGAIN = 600.0  # seconds after which a warning that still holds is repeated
-BETTER = 1.5  # times the limit of a warning that must be left again before it may be given anew
-FEW_FILES = 0.1  # share of a process's open files left at which to warn
-NAMED = 5  # processes that a warning names
+AGAIN = 600.0  # seconds after which a warning that is still true is repeated
+BETTER = 1.5  # a second warning needs at least this many times the limit to have been left in between
+FEW_FILES = 0.1  # warn when less than this share of a process's open files is left
+NAMED = 5  # how many processes a warning names
 Sample = dict[str, Any]
 
 
 class HostMonitor:
-    """Looks after this rank and its node.
+    """Measures this rank and its node.
 
-    say_warning: where a warning goes, from whichever thread calls `watch`; low_memory: the share of the memory that the
-    job may use on this node, left, at which to warn.
+    say_warning: receives a warning, in the thread that calls `warn_if_low`. low_memory: warn when less than this share
+    of the memory that the job may use on this node is left.
     """
 
     def __init__(self, place: Placement, say_warning: Callable[[str], None], low_memory: float):
@@ -38,7 +38,7 @@ class HostMonitor:
         self._memory, self._files = _Warning(), _Warning()
 
     def sample(self) -> Sample:
-        """This rank's and its node's figures, in bytes. Takes about a millisecond per data worker."""
+        """Return the figures of this rank and its node, in bytes. Takes about a millisecond per data worker."""
         workers = [_resident(child) for child in _children(self.process)]
         limit = memory_limit(os.environ)
         return {
@@ -53,8 +53,8 @@ class HostMonitor:
             "limit_bytes": limit.total,
         }
 
-    def watch(self) -> None:
-        """Warn once when memory or open files run short. For one rank of a node, every few seconds."""
+    def warn_if_low(self) -> None:
+        """Warn once when little memory or few open files are left. For one rank of a node, every few seconds."""
         limit = memory_limit(os.environ)
         if self._memory.due(limit.left / limit.total, self.low_memory):
             self.say(self._low_memory(limit))
@@ -69,18 +69,19 @@ class HostMonitor:
         return (
             f"{self.host} (rank {self.place.rank}): only {_gb(limit.left)} of {_gb(limit.total)} of memory are left "
             f"({limit.source}); a process may be killed soon. Largest: {', '.join(_largest())}. Fewer data.workers "
-            "need less; so do a smaller batch.eval_batch and checkpoint.background=false; or ask for more memory"
+            "need less; so do a smaller batch.eval_batch and checkpoint.background=false; or request more memory"
         )
 
     def _few_files(self, process: psutil.Process) -> str:
         return (
-            f"{self.host} (rank {self.place.rank}): {_named(process)} has {process.num_fds()} files open and may have "
-            f"{_most_files(process)}; raise it (ulimit -n) in the job, or choose a smaller data.shuffle_window"
+            f"{self.host} (rank {self.place.rank}): {_describe_process(process)} has {process.num_fds()} files open; "
+            f"its limit is {_file_limit(process)}: raise it (ulimit -n) in the job, or choose a smaller "
+            "data.shuffle_window"
         )
 
 
 def merge(samples: list[Sample]) -> dict[str, float]:
-    """Figures for a line of the log, out of all ranks' samples: memory in 10^9 bytes, and whose it is."""
+    """Merge all ranks' samples into figures for the log: memory in 10^9 bytes; `…_of` is the rank of an extreme."""
 
     def most(key: str, by: Callable[..., Any] = max) -> Sample:
         return by(samples, key=lambda sample: sample[key])
@@ -102,7 +103,7 @@ def merge(samples: list[Sample]) -> dict[str, float]:
 
 
 def describe(samples: list[Sample]) -> str:
-    """The same in words, with the hosts' names."""
+    """Return the merged figures as a sentence, with the names of the hosts."""
     figures = merge(samples)
     hosts = {sample["rank"]: sample["host"] for sample in samples}
 
@@ -118,12 +119,13 @@ def describe(samples: list[Sample]) -> str:
 
 
 class _Warning:
-    """When to give a warning: once, then not before it got better and worse again, or AGAIN seconds later."""
+    """Decides when to give a warning: once; again when it got better and then worse, or after AGAIN seconds."""
 
     def __init__(self) -> None:
         self.given: float | None = None
 
     def due(self, left: float, limit: float) -> bool:
+        """Return whether to warn now. left, limit: shares; warn when left < limit."""
         now = time.monotonic()
         if left >= min(1.0, limit * BETTER):
             self.given = None
@@ -143,30 +145,31 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 def _resident(process: psutil.Process) -> int:
     try:
         return process.memory_info().rss
-    except psutil.Error:  # it has ended meanwhile
+    except psutil.Error:  # the process has ended in between
         return 0
 
 
 def _files_used(process: psutil.Process) -> float:
-    """The share of the files that a process may open."""
+    """Return the share of the files that a process may open which it has open."""
     try:
-        return process.num_fds() / _most_files(process)
+        return process.num_fds() / _file_limit(process)
     except psutil.Error:
         return 0.0
 
 
-def _most_files(process: psutil.Process) -> float:
+def _file_limit(process: psutil.Process) -> float:
     soft, _ = process.rlimit(psutil.RLIMIT_NOFILE)
     return float("inf") if soft == resource.RLIM_INFINITY else soft
 
 
 def _largest() -> Iterator[str]:
+    """Describe the processes of this machine that use most memory."""
     processes = sorted(psutil.process_iter(), key=_resident, reverse=True)[:NAMED]
-    return (f"{_named(process)} {_gb(_resident(process))}" for process in processes)
+    return (f"{_describe_process(process)} {_gb(_resident(process))}" for process in processes)
 
 
-def _named(process: psutil.Process) -> str:
-    """A process's name and number, and the rank that it is or belongs to, where its environment may be read."""
+def _describe_process(process: psutil.Process) -> str:
+    """Return a process's name and number, and its rank (a data worker's too) where its environment may be read."""
     try:
         env = process.environ()
     except (psutil.Error, OSError):

@@ -1,7 +1,8 @@
 """How much memory this process's job may use on its node, and how much of that is left.
 
-The narrowest of what holds: the machine's memory, the control groups that the process is in (version 1 or 2, as Slurm
-and containers set them up), else what Slurm was asked for. Page cache that the kernel would give up is not in use.
+Several limits can apply: the machine's memory, and the control groups (cgroups, version 1 or 2) in which Slurm or a
+container has put the process. Where no control group sets a limit, the memory that the job requested from Slurm counts.
+The limit with the smallest share left decides. Page cache that the kernel would free does not count as used.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import psutil
 
 @dataclass(frozen=True)
 class Limit:
-    """Bytes, and who allows them."""
+    """A memory limit: bytes in all, bytes left, and what sets the limit."""
 
     total: int
     left: int
@@ -24,33 +25,33 @@ class Limit:
 
 @dataclass(frozen=True)
 class _Version:
-    """Where a version of control groups keeps what we read."""
+    """The file names of one version of control groups."""
 
     mount: str
     limit: str
     usage: str
     prefix: str
-    """In front of memory.stat's names: version 1 has the group's own figures, and those of all below it."""
+    """Before the names in memory.stat. In version 1, total_… includes all groups below, as version 2 always does."""
 
 
 _V1 = _Version("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 _V2 = _Version("sys/fs/cgroup", "memory.max", "memory.current", "")
-_CACHE = ("inactive_file", "active_file", "slab_reclaimable")  # not tmpfs or shared memory, which cannot be given up
+_CACHE = ("inactive_file", "active_file", "slab_reclaimable")  # tmpfs and shared memory cannot be freed
 
 
 def memory_limit(env: Mapping[str, str], root: Path = Path("/")) -> Limit:
-    """The limit that is nearest. env: the process's environment; root: where /proc and /sys are found."""
+    """Return the limit with the smallest share left. env: the process's environment; root: where /proc and /sys are."""
     machine = psutil.virtual_memory()
     limits = [Limit(machine.total, machine.available, "the machine's memory")]
     limits += [limit for limit in _groups(root) if limit.total < machine.total]
-    if len(limits) == 1 and (asked := _asked_of_slurm(env)) is not None and asked < machine.total:
-        limits.append(Limit(asked, min(machine.available, asked - _used_by_job(env)), "asked of Slurm"))
+    if len(limits) == 1 and (requested := _requested_from_slurm(env)) is not None and requested < machine.total:
+        limits.append(Limit(requested, min(machine.available, requested - _used_by_job(env)), "requested from Slurm"))
     nearest = min(limits, key=lambda limit: limit.left / limit.total)
     return Limit(nearest.total, max(0, nearest.left), nearest.source)
 
 
 def _groups(root: Path) -> Iterator[Limit]:
-    """Every group with a limit, from the process's own up to the outermost."""
+    """Yield the limit of every group that has one, from the process's own group up to the outermost."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -65,7 +66,10 @@ def _groups(root: Path) -> Iterator[Limit]:
 
 
 def _upwards(mount: Path, path: str) -> Iterator[Path]:
-    """In a container the path may be the host's, of which only the mount itself is to be seen."""
+    """Yield the group's folder and all folders above it.
+
+    In a container the path may be the host's. Then only the mount itself exists here.
+    """
     inner = PurePosixPath(path.lstrip("/"))
     for part in (inner, *inner.parents):
         yield mount / part
@@ -84,8 +88,8 @@ def _limit(folder: Path, version: _Version) -> Limit | None:
     return Limit(int(text), int(text) - max(0, usage - cache), f"control group {folder}")
 
 
-def _asked_of_slurm(env: Mapping[str, str]) -> int | None:
-    """Bytes per node; 0 asks for all of a node, which is no limit."""
+def _requested_from_slurm(env: Mapping[str, str]) -> int | None:
+    """Return bytes per node; None without a limit. A job that requests 0 gets all memory of the node."""
     if per_node := int(env.get("SLURM_MEM_PER_NODE") or 0):
         return per_node * 2**20
     per_cpu, cpus = (int(env.get(name) or 0) for name in ("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"))
@@ -93,14 +97,14 @@ def _asked_of_slurm(env: Mapping[str, str]) -> int | None:
 
 
 def _used_by_job(env: Mapping[str, str]) -> int:
-    """Bytes of the job's processes on this node, pages that several share counted once."""
+    """Return the bytes of the job's processes on this node; pages that several share count once."""
     return sum(_share(process) for process in psutil.process_iter() if _in_job(process, env))
 
 
 def _in_job(process: psutil.Process, env: Mapping[str, str]) -> bool:
     try:
         return process.environ().get("SLURM_JOB_ID") == env.get("SLURM_JOB_ID")
-    except (psutil.Error, OSError):  # somebody else's
+    except (psutil.Error, OSError):  # another user's process
         return False
 
 

@@ -1,5 +1,5 @@
-"""How a run can end, and the exit status that tells a batch script which. Imports nothing heavy, so that errors can be
-told apart before anything heavy is there."""
+"""How a run can end, and the exit status that a batch script reads. Imports nothing heavy: errors at the start of the
+command line need it before torch is imported."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Callable
 
 COMPLETE = 0
 FAILED = 1
-"""Something that a user can mend."""
+"""Something that a user can fix."""
 LOST = 70
 """A rank died, stalled or could not be reached; starting again may help. EX_SOFTWARE of sysexits.h."""
 STOPPED = 75
-"""Stopped on request with everything saved; starting again goes on. EX_TEMPFAIL of sysexits.h."""
+"""Stopped on request with everything saved; starting again resumes. EX_TEMPFAIL of sysexits.h."""
 
 
 class Stopped(ValueError):
-    """An error that every rank knows of: rank 0 speaks, the others leave quietly."""
+    """An error that every rank has seen. Rank 0 prints it; the others end without a message."""
 
 
 class LostPeer(RuntimeError):
     """Another rank does not answer any more.
 
-    status: what to end with, LOST, or FAILED when that rank has told why; before_exit: to be called once this has been
-    told, before the process ends: it waits for others that may still have to learn it.
+    status: the exit status, LOST, or FAILED when that rank has printed the reason. before_exit: call it after the
+    message was printed and before the process ends; it waits for ranks that have not seen the failure yet.
     """
 
     def __init__(self, message: str, status: int = LOST, before_exit: Callable[[], None] = lambda: None):

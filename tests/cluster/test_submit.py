@@ -1,4 +1,4 @@
-"""`dsmim submit` up to the point where Slurm is asked; the rest is in tests/slurm."""
+"""`dsmim submit` without a Slurm; tests/slurm has the rest."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def home(tmp_path, monkeypatch) -> Path:
 
 
 def submit(capsys, *words: str, ranks: tuple[int, int] = (2, 4), time: str = "24:00:00") -> tuple[int, str, str]:
-    """Exit code, standard output and error of a dry run."""
+    """Make a dry run; return its exit code, standard output and standard error."""
     nodes, gpus = map(str, ranks)
     code = main(["submit", *words, "--nodes", nodes, "--gpus-per-node", gpus, "--time", time, "--dry-run"])
-    said = capsys.readouterr()
-    return code, said.out, said.err
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
 
 
 def options_of(script: str) -> dict[str, str]:
-    """The #SBATCH lines that Slurm reads: those before the first command."""
+    """Return the #SBATCH options that Slurm reads: those before the first command."""
     found = {}
     for line in script.splitlines():
         if line.startswith("#SBATCH --"):
@@ -71,7 +71,7 @@ def test_a_job_without_slurm_is_refused(home, capsys):
     assert not (home / "runs").exists()
 
 
-def test_all_problems_are_told_at_once(home, capsys):
+def test_all_problems_are_reported_at_once(home, capsys):
     (home / "config/dsmim").mkdir(parents=True)
     (home / "config/dsmim/site.yaml").write_text("acount: me\nsignal_seconds: 5\nsrun: [exclusive]\n")
     (home / "ds.json").write_text('{"zero_optimisation": {"stage": 3}, "gradient_clipping": 1.0}')
@@ -82,20 +82,20 @@ def test_all_problems_are_told_at_once(home, capsys):
         "model.weights=/nowhere", "engine.deepspeed=ds.json", "data.val=/nowhere/*.tar", time="3h",
     )  # fmt: skip
     assert code == 1
-    for told in (
+    for problem in (
         "swinv2_nan0", "8 is not a multiple of 8 ranks × micro batch 4 = 32", "zero_optimisation: DeepSpeed reads no",
         "gradient_clipping: the file says 1.0, the recipe 5.0", "train-001.tar: ", "no shards match '/nowhere/*.tar'",
         "file/run: cannot be written", "model.weights: /nowhere", "acount: unknown key; did you mean account?",
         "signal_seconds: ", "srun[0]: ", "--time: '3h' is none of",
     ):  # fmt: skip
-        assert error.count(told) == 1, (told, error)
+        assert error.count(problem) == 1, (problem, error)
     assert re.match(r"dsmim: error: not submitted: \d+ problems:\n  ", error)
 
 
-def test_recipe_errors_are_told_with_the_others(home, capsys):
+def test_recipe_errors_are_reported_with_the_others(home, capsys):
     code, _, error = submit(capsys, "r.yaml", "optim.lrr=1", "bach.x=2", "--profile", "none", time="0")
     assert code == 1 and "optim.lrr: unknown key; did you mean lr?" in error and "bach: unknown key" in error
-    assert "profile 'none': no such file" in error and "--time: '0' is no time at all" in error
+    assert "profile 'none': no such file" in error and "--time: '0' is zero" in error
 
 
 def test_odd_micro_batches_cannot_be_mixed(home, capsys):
@@ -105,7 +105,7 @@ def test_odd_micro_batches_cannot_be_mixed(home, capsys):
     assert submit(capsys, *words, ranks=(1, 4))[0] == 0
 
 
-def test_time_must_leave_some_for_training(home, capsys):
+def test_the_time_limit_must_leave_time_for_training(home, capsys):
     code, _, error = submit(capsys, "r.yaml", time="5")
     assert code == 1 and "the last 300 s are kept for saving" in error
     assert submit(capsys, "r.yaml", time="6")[0] == 0
@@ -169,7 +169,7 @@ def test_a_container_goes_before_the_command_or_is_refused():
         render(job, inside)
     script = render(Job("pretrain", 1, 1, "60", "n", "o", Path("/"), ()), inside)
     assert "container=(apptainer exec --nv 'my image.sif')\n" in script
-    with pytest.raises(ValueError, match="is no shell command"):
+    with pytest.raises(ValueError, match="is not a shell command"):
         Profile(container="apptainer 'x")
 
 
@@ -181,10 +181,10 @@ def test_the_example_profile_is_valid_and_shows_every_key():
     assert shown == set(Profile.model_fields)
 
 
-def test_variables_that_would_replace_options_are_told():
+def test_variables_that_would_replace_options_are_reported():
     script = "#SBATCH --time=60\n#SBATCH --exclusive\n"
-    told = overridden(script, {"SBATCH_TIMELIMIT": "5", "SBATCH_PARTITION": "x"})
-    assert told == ["SBATCH_TIMELIMIT=5 in the environment would replace --time=60; unset it"]
+    problems = overridden(script, {"SBATCH_TIMELIMIT": "5", "SBATCH_PARTITION": "x"})
+    assert problems == ["SBATCH_TIMELIMIT=5 in the environment would replace --time=60; unset it"]
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_a_rank_that_dies_and_one_that_stalls_end_their_jobs(tmp_path, shards):
         for job in (killed, stopped):
             said = job.log.read_text()
             assert said.count("dsmim: error:") == said.count("dsmim: error: rank 0: rank 1 on") == 1, said
-            assert "gives no sign of life since" in said and ", last at: " in said, said
+            assert "has given no sign of life for" in said and ", last at: " in said, said
             assert "It was killed or stopped" in said and _own_traceback(said) == "", said
         stalled.resume()
         assert stalled.wait(patience(30)) == 70  # nor does it train on alone when it comes back

@@ -1,4 +1,4 @@
-"""Memory and open files: what a rank uses, what its node has left, and when it warns."""
+"""Memory and open files: what a rank uses, what its node has left, and when a warning is given."""
 
 import multiprocessing
 import os
@@ -14,6 +14,7 @@ from dsmim.health import host
 from dsmim.health.host import HostMonitor, describe, merge
 from dsmim.health.memory_limit import memory_limit
 from tests.conftest import run
+from tests.slurm.cluster import patience
 
 PLACE = detect({})
 V1 = "4:memory:/slurm/uid_1000/job_42/step_0\n3:cpuset:/\n0::/\n"
@@ -21,7 +22,7 @@ V2 = "0::/system.slice/slurmstepd.scope/job_42/step_0/user/task_0\n"
 
 
 def group(folder: Path, limit: int | str, usage: int, stat: dict[str, int], version: int) -> None:
-    """A memory control group as the kernel shows it."""
+    """Write the files of a memory control group, as the kernel shows them."""
     names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in zip(names, (limit, usage), strict=True):
@@ -29,25 +30,26 @@ def group(folder: Path, limit: int | str, usage: int, stat: dict[str, int], vers
     (folder / "memory.stat").write_text("".join(f"{key} {value}\n" for key, value in stat.items()))
 
 
-def tell_groups(root: Path, text: str) -> None:
+def put_in_groups(root: Path, text: str) -> None:
+    """Say that this process is in these control groups."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/self/cgroup").write_text(text)
 
 
 def test_control_groups_of_version_1(tmp_path):
-    tell_groups(tmp_path, V1)
+    put_in_groups(tmp_path, V1)
     job = tmp_path / "sys/fs/cgroup/memory/slurm/uid_1000/job_42"
-    unlimited = 9223372036854771712  # what the kernel shows for none
+    unlimited = 9223372036854771712  # what the kernel shows for no limit
     group(job / "step_0", unlimited, 700, {}, version=1)
     stat = {"cache": 300, "inactive_file": 1, "total_inactive_file": 150, "total_active_file": 50, "total_shmem": 100}
     group(job, 1000, 900, stat, version=1)
-    limit = memory_limit({"SLURM_MEM_PER_NODE": "1"}, tmp_path)  # what holds, not what was asked for
-    assert (limit.total, limit.left) == (1000, 300)  # shared memory cannot be given up, the rest of the cache can
+    limit = memory_limit({"SLURM_MEM_PER_NODE": "1"}, tmp_path)  # the limit that is set, not the one that was requested
+    assert (limit.total, limit.left) == (1000, 300)  # shared memory cannot be freed, the rest of the cache can
     assert limit.source == f"control group {job}"
 
 
 def test_control_groups_of_version_2(tmp_path):
-    tell_groups(tmp_path, V2)
+    put_in_groups(tmp_path, V2)
     scope = tmp_path / "sys/fs/cgroup/system.slice/slurmstepd.scope"
     group(scope / "job_42/step_0/user/task_0", "max", 700, {}, version=2)
     group(scope / "job_42/step_0", 800, 780, {"file": 400, "inactive_file": 300, "slab_reclaimable": 20}, version=2)
@@ -59,7 +61,7 @@ def test_control_groups_of_version_2(tmp_path):
 
 
 def test_a_container_that_shows_the_hosts_path(tmp_path):
-    tell_groups(tmp_path, "4:memory:/docker/1234\n")
+    put_in_groups(tmp_path, "4:memory:/docker/1234\n")
     group(tmp_path / "sys/fs/cgroup/memory", 4096, 3996, {}, version=1)
     assert (memory_limit({}, tmp_path).total, memory_limit({}, tmp_path).left) == (4096, 100)
 
@@ -80,28 +82,28 @@ from dsmim.cluster.placement import detect
 
 memory_limit._groups = lambda root: []  # this machine's own limits are not what is tested
 block = bytearray(os.urandom(2**20)) * 250
-shared = multiprocessing.get_context("fork").Process(target=input)  # has all of it too, and costs nothing
+shared = multiprocessing.get_context("fork").Process(target=input)  # shares all of it, at no cost
 shared.start()
 monitor = HostMonitor(detect({}), lambda text: print(text, flush=True), low_memory=0.3)
-monitor.watch()
+monitor.warn_if_low()
 print("enough")
 more = bytearray(os.urandom(2**20)) * 200
-monitor.watch()
-monitor.watch()
+monitor.warn_if_low()
+monitor.warn_if_low()
 del more
-monitor.watch()
+monitor.warn_if_low()
 more = bytearray(os.urandom(2**20)) * 200
-monitor.watch()
+monitor.warn_if_low()
 shared.terminate()
 """
 
 
-def test_a_job_that_nears_what_it_asked_slurm_for_warns_once_each_time():
+def test_a_job_that_nears_its_requested_memory_warns_once_each_time():
     env = {"SLURM_MEM_PER_NODE": "600", "SLURM_JOB_ID": f"7{os.getpid()}", "RANK": "3"}
     lines = run("python", "-c", JOB, **env).stdout.splitlines()
     assert lines[0] == "enough" and len(lines) == 3, lines
     for line in lines[1:]:
-        assert "of 0.6 GB of memory are left (asked of Slurm)" in line and "Fewer data.workers" in line
+        assert "of 0.6 GB of memory are left (requested from Slurm)" in line and "Fewer data.workers" in line
         assert " of rank 3 0.4 GB" in line or "Largest: " in line  # others on the machine may be larger
 
 
@@ -123,7 +125,7 @@ def test_sample_and_merge():
     ready = context.Event()
     worker = context.Process(target=hold_memory, args=(ready,))
     worker.start()
-    ready.wait(30)
+    assert ready.wait(patience(30))
     held = open_files(7)
     sample = monitor.sample()
     worker.kill()
@@ -136,28 +138,28 @@ def test_sample_and_merge():
     assert merged["host_rank_gb"] == 1000 and merged["host_rank_gb_of"] == merged["host_memory_left_of"] == 5
     assert merged["host_ranks_gb_sum"] == pytest.approx(1000 + sample["rank_bytes"] / 1e9)
     assert merged["host_workers"] == 2 * sample["workers"] and merged["host_open_files_of"] == 0
-    assert all(isinstance(value, (int, float)) for value in merged.values())  # TensorBoard takes no words
+    assert all(isinstance(value, (int, float)) for value in merged.values())  # TensorBoard takes no text
     assert "a rank up to 1000.0 GB (rank 5 on node9)" in describe([sample, other])
 
 
-def test_few_files_left_are_warned_of_once(monkeypatch):
-    said = []
-    monitor = HostMonitor(PLACE, said.append, low_memory=0)
+def test_one_warning_when_few_files_are_left(monkeypatch):
+    warnings = []
+    monitor = HostMonitor(PLACE, warnings.append, low_memory=0)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    opened = monitor.sample()["open_files"]  # hundreds, where other tests in this process left some
-    room = 60 + opened // 4
-    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + room, hard))
+    opened = monitor.sample()["open_files"]  # hundreds, if other tests in this process left some open
+    spare = 60 + opened // 4
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + spare, hard))
     try:
-        monitor.watch()
-        assert not said
-        held = open_files(room - 2)
-        monitor.watch()
-        monitor.watch()
-        assert len(said) == 1 and f"may have {opened + room}; raise it (ulimit -n)" in said[0]
+        monitor.warn_if_low()
+        assert not warnings
+        held = open_files(spare - 2)
+        monitor.warn_if_low()
+        monitor.warn_if_low()
+        assert len(warnings) == 1 and f"its limit is {opened + spare}: raise it (ulimit -n)" in warnings[0]
         clock = host.time.monotonic() + host.AGAIN + 1
         monkeypatch.setattr(host.time, "monotonic", lambda: clock)
-        monitor.watch()
-        assert len(said) == 2
+        monitor.warn_if_low()
+        assert len(warnings) == 2
         del held
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -1,4 +1,4 @@
-"""Replay bundles: a real micro batch comes back bit for bit, and a disk that refuses ends nothing."""
+"""Replay bundles: a real micro batch comes back bit for bit, and a disk that fails does not end the run."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def alone():
 
 
 def losses(recipe, task, batches) -> list[torch.Tensor]:
-    """As the training loop computes them."""
+    """Return the losses as the training loop computes them."""
     list(task.fill())
     torch.manual_seed(stream_key(recipe.seed, "model", 3, 0))
     return [task.training_loss(task.model.train(), batch | {"step": 3}) for batch in batches]
@@ -52,7 +52,7 @@ def test_a_batch_comes_back_and_gives_the_same_loss(tmp_path, shards, alone, tas
     bundle = replay.write(tmp_path / "replay", 3, 1, batches, info)
     assert bundle == tmp_path / "replay/step_00000003"
     assert sorted(path.name for path in bundle.iterdir()) == ["rank_1.json", "rank_1.safetensors"]
-    again, told = replay.read(bundle, 1)
+    again, info = replay.read(bundle, 1)
     assert len(again) == len(batches) == 2
     for one, other in zip(batches, again, strict=True):
         assert one.keys() == other.keys() and {"image", "key", "position"} < one.keys()
@@ -62,8 +62,8 @@ def test_a_batch_comes_back_and_gives_the_same_loss(tmp_path, shards, alone, tas
                 assert value.stride() == other[name].stride()
             else:
                 assert value == other[name]
-    assert (told["step"], told["rank"], told["world_size"]) == (3, 1, 2) and math.isnan(told["own_loss"])
-    assert parse_recipe(told["recipe"], "replay") == recipe
+    assert (info["step"], info["rank"], info["world_size"]) == (3, 1, 2) and math.isnan(info["own_loss"])
+    assert parse_recipe(info["recipe"], "replay") == recipe
     first = losses(recipe, task, batches)
     torch.manual_seed(0)
     second = losses(recipe, build_task(recipe), again)
@@ -99,15 +99,15 @@ print(replay.write(Path(sys.argv[1]), 4, 0, [{"image": torch.zeros(100_000), "ke
 """
 
 
-def test_a_disk_that_refuses_is_told_and_leaves_nothing_behind(tmp_path):
-    said = run(sys.executable, "-c", FULL, tmp_path).stdout
-    assert said.startswith(f"no replay bundle of step 4: {tmp_path}/step_00000004 cannot be written (File too large)")
+def test_a_full_disk_is_reported_and_nothing_is_left_behind(tmp_path):
+    text = run(sys.executable, "-c", FULL, tmp_path).stdout
+    assert text.startswith(f"no replay bundle of step 4: {tmp_path}/step_00000004 cannot be written (File too large)")
     assert list((tmp_path / "step_00000004").iterdir()) == []
     (tmp_path / "file").write_text("")
     assert "cannot be written (Not a directory)" in replay.write(tmp_path / "file", 4, 0, [batch()], {})
 
 
-def test_what_json_cannot_say_is_written_in_words(tmp_path):
+def test_values_that_json_does_not_have_are_written_as_text(tmp_path):
     bundle = replay.write(tmp_path, 1, 0, [batch()], {"newest_checkpoint": tmp_path, "grad_norm": math.inf})
-    told = json.loads((bundle / "rank_0.json").read_text())
-    assert told["newest_checkpoint"] == os.fspath(tmp_path) and told["grad_norm"] == math.inf
+    info = json.loads((bundle / "rank_0.json").read_text())
+    assert info["newest_checkpoint"] == os.fspath(tmp_path) and info["grad_norm"] == math.inf

@@ -1,5 +1,7 @@
-"""A real Slurm on emulated hosts: one controller and some nodes made of namespaces (hosts.sh), with GPUs that are not
-there. Nothing outside the namespaces changes; the end of one process ends all."""
+"""A real Slurm on emulated hosts: one controller and some nodes, made of Linux namespaces (hosts.sh), with fake GPUs.
+
+Nothing outside the namespaces changes. When their first process ends, everything in them ends.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ HOSTS = Path(__file__).with_name("hosts.sh")
 WANTED = ("slurmctld", "slurmd", "sbatch", "munged", "unshare", "nsenter", "ip")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL")
 CPUS, GPUS = 128, 8
-# Preemption requeues; a node that is silent for SlurmdTimeout is down; jobs start at once.
+# Preemption requeues; a node that does not answer for SlurmdTimeout seconds is down; jobs start at once.
 CONF = """
 ClusterName=test
 SlurmctldHost=login(10.77.0.254)
@@ -47,7 +49,7 @@ GresTypes=gpu
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,bf_interval=1
-SlurmdTimeout=2
+SlurmdTimeout={node_timeout}
 KillWait=5
 UnkillableStepTimeout=15
 InactiveLimit=0
@@ -60,20 +62,28 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=9 PreemptMode=OFF S
 """
 
 
+def patience(seconds: float) -> float:
+    """Return a test's deadline: `seconds` are enough on an idle machine; DSMIM_TEST_TIMEOUT_FACTOR multiplies them."""
+    return seconds * float(os.environ.get("DSMIM_TEST_TIMEOUT_FACTOR", "1"))
+
+
 def missing() -> str | None:
-    """Why no cluster can be had here; None when one can."""
+    """Return why no cluster can be started here; None when one can."""
     absent = [name for name in WANTED if not shutil.which(name)]
     if absent:
-        return f"no {', '.join(absent)} (tests/slurm/install.sh installs them where apt-get is)"
+        return f"no {', '.join(absent)} (tests/slurm/install.sh installs them, where apt-get exists)"
     if os.geteuid():
-        return "only root may make the network of the emulated hosts"
+        return "only root can make the network of the emulated hosts"
     probe = subprocess.run(["unshare", "-m", "-u", "-i", "-n", "-p", "-f", "--mount-proc", "ip", "link", "add", "br0",
                             "type", "bridge"], capture_output=True, text=True, check=False)  # fmt: skip
-    return f"no namespaces here: {probe.stderr.strip()}" if probe.returncode else None
+    return f"no namespaces can be made here: {probe.stderr.strip()}" if probe.returncode else None
 
 
 class Cluster:
-    """Start it, use it, stop it. `folder` must be short (socket names have 107 bytes) and lie in one of `shared`."""
+    """An emulated cluster: start it, use it, stop it.
+
+    folder: must be short (socket names have 107 bytes) and inside one of `shared`, the folders that all hosts see.
+    """
 
     def __init__(self, folder: Path, shared: list[Path], nodes: int = 2):
         self.folder, self.nodes = folder, nodes
@@ -81,7 +91,7 @@ class Cluster:
         self.outer: subprocess.Popen | None = None
 
     def start(self, timeout: float = 60) -> None:
-        """Returns when every node is idle."""
+        """Start the cluster; return when every node is idle."""
         self._write()
         words = ["unshare", "-m", "-u", "-i", "-n", "-p", "-f", "--kill-child", "--mount-proc", "bash", HOSTS]
         with (self.folder / "log/cluster.out").open("w") as out:
@@ -92,33 +102,33 @@ class Cluster:
         self.until(self._ready, timeout, "the cluster to be up")
 
     def stop(self) -> None:
-        """Everything in the namespaces ends with their first process."""
+        """Kill the first process of the namespaces, and with it everything in them."""
         if self.outer is not None:
             self.outer.kill()
             self.outer.wait()
             time.sleep(0.5)
 
     def run(self, *words: object, check: bool = True, cwd: Path | None = None, **env: str):
-        """A command on the login node."""
+        """Run a command on the login node."""
         inside = ["nsenter", "-t", str(self._first()), "-m", "-u", "-i", "-n", "-p", f"-w{cwd or self.folder}"]
         done = subprocess.run(
-            [*inside, *map(str, words)], capture_output=True, text=True, check=False, timeout=120,
+            [*inside, *map(str, words)], capture_output=True, text=True, check=False, timeout=patience(120),
             env=environment(SLURM_CONF=str(self.folder / "slurm.conf"), **env),
         )  # fmt: skip
         assert not check or not done.returncode, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
     def sbatch(self, *words: object, cwd: Path | None = None, **env: str) -> int:
-        """Submit; gives the job's number."""
+        """Submit a job; return its number."""
         return int(self.run("sbatch", "--parsable", *words, cwd=cwd, **env).stdout.split(";")[0])
 
     def job(self, number: object) -> dict[str, str]:
-        """What `scontrol show job` says; of an array's task by ARRAY_TASK."""
-        told = self.run("scontrol", "-o", "show", "job", number).stdout
-        return dict(pair.split("=", 1) for pair in told.split() if "=" in pair)
+        """Return what `scontrol show job` prints. number: the job's, or ARRAY_TASK."""
+        shown = self.run("scontrol", "-o", "show", "job", number).stdout
+        return dict(pair.split("=", 1) for pair in shown.split() if "=" in pair)
 
     def wait(self, number: object, *states: str, timeout: float = 120) -> dict[str, str]:
-        """The job, once it is in one of these states (by default: ended, or completed)."""
+        """Wait until the job is in one of these states (by default: ended in any way); return the job."""
         wanted = states or ENDED
 
         def reached() -> dict[str, str] | None:
@@ -128,7 +138,7 @@ class Cluster:
         return self.until(reached, timeout, f"job {number} to be {' or '.join(wanted)}")
 
     def requeued(self, number: object, times: int = 1, timeout: float = 120) -> None:
-        """Returns when the job waits for its next life, having been requeued so many times."""
+        """Wait until the job has been requeued so many times and is pending."""
 
         def waits() -> bool:
             job = self.job(number)
@@ -138,25 +148,31 @@ class Cluster:
         self.until(waits, timeout, f"job {number} to be requeued")
 
     def start_again(self, number: object, times: int = 1, timeout: float = 120) -> None:
-        """A requeued job waits two minutes; not here."""
+        """Wait until the job has been requeued; start it at once, where Slurm would let it wait two minutes."""
         self.requeued(number, times, timeout)
-        time.sleep(2.5)  # until the nodes have forgotten its last life
+        time.sleep(patience(2.5))  # until the nodes have forgotten the job's last start
         self.run("scontrol", "update", f"jobid={number}", "StartTime=now")
         self.wait(number, "RUNNING", "COMPLETED", timeout=30)
 
     def power_off(self, node: int) -> None:
-        """As by its plug: nothing of it is left, and nobody is told. (The cable first, or the kernel would close its
-        connections in good order.)"""
+        """Cut a node's power: everything on it ends, and no other host is told.
+
+        The network goes first, or the kernel would still close the node's connections.
+        """
         self.run("ip", "link", "del", f"veth{node}")
         self.run("kill", "-9", (self.folder / f"run/node{node}.outer").read_text().strip())
 
     def power_on(self, node: int) -> None:
-        """Returns when the node is there again."""
+        """Start a node again; return when it is idle."""
         self.run("bash", HOSTS, "power_on", self.folder, node, *self.shared)
         self.until(self._ready, 60, f"node{node} to be back")
 
     def until(self, condition, timeout: float, what: str):
-        """The condition's first true value. Raises TimeoutError with the queue and the controller's last words."""
+        """Wait for the condition's first true value and return it. timeout: seconds on an idle machine, see patience.
+
+        Raises TimeoutError, with the queue and the end of the controller's log.
+        """
+        timeout = patience(timeout)
         deadline = time.monotonic() + timeout
         while not (value := condition()):
             if time.monotonic() > deadline or self.outer.poll() is not None:
@@ -165,7 +181,7 @@ class Cluster:
         return value
 
     def log(self) -> str:
-        """What the controller says of its doings."""
+        """Return the log of the controller."""
         return (self.folder / "log/slurmctld.log").read_text(errors="replace")
 
     def _state(self) -> str:
@@ -178,13 +194,13 @@ class Cluster:
         return "\n".join(parts)
 
     def _first(self) -> int:
-        """The cluster's first process, as this machine sees it."""
+        """Return the number of the cluster's first process, as this machine sees it."""
         return int(Path(f"/proc/{self.outer.pid}/task/{self.outer.pid}/children").read_text().split()[0])
 
     def _ready(self) -> bool:
         with contextlib.suppress(OSError, IndexError):
-            told = self.run("sinfo", "-h", "-N", "-p", "normal", "-t", "idle,mix,alloc", "-o", "%N", check=False)
-            return len(set(told.stdout.split())) == self.nodes
+            up = self.run("sinfo", "-h", "-N", "-p", "normal", "-t", "idle,mix,alloc", "-o", "%N", check=False)
+            return len(set(up.stdout.split())) == self.nodes
         return False
 
     def _write(self) -> None:
@@ -200,6 +216,9 @@ class Cluster:
         (self.folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")
         for gpu in range(GPUS):
             (self.folder / f"gpus/gpu{gpu}").touch()
-        (self.folder / "slurm.conf").write_text(CONF.format(dir=self.folder, nodes=self.nodes, cpus=CPUS, gpus=GPUS))
+        conf = CONF.format(
+            dir=self.folder, nodes=self.nodes, cpus=CPUS, gpus=GPUS, node_timeout=round(patience(2)),
+        )  # fmt: skip
+        (self.folder / "slurm.conf").write_text(conf)
         gres = f"NodeName=node[1-{self.nodes}] Name=gpu File={self.folder}/gpus/gpu[0-{GPUS - 1}]\n"
         (self.folder / "gres.conf").write_text(gres)

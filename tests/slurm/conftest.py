@@ -1,4 +1,4 @@
-"""One emulated cluster for all tests of this folder, and a user's folder that its hosts share."""
+"""One emulated cluster for all tests of this folder, and a user whose home all its hosts share."""
 
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ from tests.slurm.cluster import Cluster, missing
 
 STEPS = 16
 TEMPLATES = ROOT / "slurm"
-# A rank per node and GPU on two cores, where the templates have four with eight cores each.
+# Two nodes with one rank, GPU and core each. The templates have four ranks per node, with eight cores each.
 SMALL = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
 @dataclass
 class User:
-    """Somebody with a home on the cluster."""
+    """A user with a home folder on the cluster."""
 
     cluster: Cluster
     home: Path
 
     def sbatch(self, template: str, *words: object, options: tuple[str, ...] = SMALL, **env: str) -> int:
-        """Submit a shipped template as it is; its output goes to home/NUMBER.out."""
+        """Submit a template unmodified; its output goes to home/NUMBER.out."""
         env = {"DSMIM_SLURM": str(TEMPLATES), **AS_ROOT, **env}
         output = f"--output={self.home}/%j.out"
         return self.cluster.sbatch(*options, output, TEMPLATES / template, *words, cwd=self.home, **env)
 
-    def said(self, job: int) -> str:
-        """What the job has printed so far."""
+    def output(self, job: int) -> str:
+        """Return what the job has printed so far."""
         path = self.home / f"{job}.out"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def until_said(self, job: int, text: str, timeout: float = 180) -> None:
-        """Raises TimeoutError, and AssertionError with its output when the job ends before."""
+    def wait_for_output(self, job: int, text: str, timeout: float = 180) -> None:
+        """Wait until the job prints `text`. Raises TimeoutError, or AssertionError with its output if the job ends."""
 
-        def spoken() -> bool:
-            if text in self.said(job):
+        def printed() -> bool:
+            if text in self.output(job):
                 return True
-            assert self.cluster.job(job)["JobState"] in ("PENDING", "RUNNING", "CONFIGURING"), self.said(job)[-3000:]
+            assert self.cluster.job(job)["JobState"] in ("PENDING", "RUNNING", "CONFIGURING"), self.output(job)[-3000:]
             return False
 
-        self.cluster.until(spoken, timeout, f"job {job} to say {text!r}; it said\n{self.said(job)[-3000:]}")
+        self.cluster.until(printed, timeout, f"job {job} to print {text!r}; it printed\n{self.output(job)[-3000:]}")
 
     def completed(self, job: int, timeout: float = 180) -> None:
-        """Raises AssertionError, with its output, when the job ends otherwise."""
+        """Wait until the job has completed. Raises AssertionError, with its output, if it ends in another way."""
         state = self.cluster.wait(job, timeout=timeout)
-        assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), self.said(job)[-4000:]
+        assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), self.output(job)[-4000:]
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +72,7 @@ def cluster():
 
 @pytest.fixture(scope="session")
 def user(cluster) -> User:
-    """With shards, r.yaml (pre-training) and c.yaml (a classifier)."""
+    """A user with shards, r.yaml (pre-training) and c.yaml (a classifier)."""
     home = cluster.folder / "home"
     make_shards(home / "shards", [17, 3, 13, 11, 9])
     make_shards(home / "shards", [8, 5], name="val")

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# The inside of the emulated cluster (see cluster.py): every host is a set of namespaces with a process table, a network
-# address, a host name, a /tmp and a /dev/shm of its own.
+# The inside of the emulated cluster (see cluster.py). Every host is a set of namespaces with its own process table,
+# network address, host name, /tmp and /dev/shm.
 #   hosts.sh cluster DIR NODES [SHARED…]    process 1 of the cluster: a bridge, munge, the controller, then the nodes
 #   hosts.sh node DIR NUMBER [SHARED…]      process 1 of a node: slurmd
-#   hosts.sh power_on DIR NUMBER [SHARED…]  start a node, from within the cluster
-# SHARED: folders under /tmp that all hosts see, as on a network file system.
+#   hosts.sh power_on DIR NUMBER [SHARED…]  start a node; runs inside the cluster
+# SHARED: folders in /tmp that all hosts see, like a network file system.
 set -euo pipefail
 self=$(readlink -f "${BASH_SOURCE[0]}")
 role=$1 dir=$2 number=$3
 shift 3
 export SLURM_CONF=$dir/slurm.conf
 
-forever() { while :; do wait || true; sleep 1; done; }  # reaps what loses its parent
+forever() { while :; do wait || true; sleep 1; done; }  # reaps processes whose parent has ended
 
-own_network() {  # whether process $1 is in another network than this one already
+own_network() {  # succeeds once process $1 has its own network
   [ -e "/proc/$1/ns/net" ] && [ "$(readlink "/proc/$1/ns/net")" != "$(readlink /proc/self/ns/net)" ]
 }
 
@@ -21,8 +21,8 @@ cluster() {
   hostname login
   ip link set lo up
   mount --bind "$dir/hosts" /etc/hosts
-  mount --bind "$dir/nsswitch.conf" /etc/nsswitch.conf  # or look-ups of addresses wait for a name server
-  for gpu in "$dir"/gpus/*; do mount --bind /dev/null "$gpu"; done  # gres.conf wants devices
+  mount --bind "$dir/nsswitch.conf" /etc/nsswitch.conf  # without it, address look-ups wait for a name server
+  for gpu in "$dir"/gpus/*; do mount --bind /dev/null "$gpu"; done  # gres.conf needs device files
   ip link add br0 type bridge
   ip addr add 10.77.0.254/24 dev br0
   ip link set br0 up
@@ -38,7 +38,7 @@ power_on() {
     >"$dir/log/node$number.out" 2>&1 </dev/null &
   echo $! >"$dir/run/node$number.outer"
   until own_network $!; do sleep 0.02; done
-  ip link del "veth$number" 2>/dev/null || true  # of the node's last life
+  ip link del "veth$number" 2>/dev/null || true  # left from the node's last start
   ip link add "veth$number" type veth peer name eth0 netns $!
   ip link set "veth$number" master br0 up
 }

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Installs what tests/slurm needs, where root may do so by apt-get: Slurm, its authentication, PMIx for srun's --mpi=pmix,
-# and ip. Starts nothing.
+# Install what tests/slurm needs: Slurm, its authentication (munge), PMIx for srun's --mpi=pmix, and ip. Needs root and
+# apt-get. Starts nothing.
 set -euo pipefail
 packages=(slurm-wlm munge libpmix-dev iproute2)
 if dpkg --status "${packages[@]}" >/dev/null 2>&1; then exit 0; fi
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-  echo "Slurm is not installed: that takes root and apt-get" >&2
+  echo "Slurm is not installed, and installing it needs root and apt-get" >&2
   exit 1
 fi
 export DEBIAN_FRONTEND=noninteractive

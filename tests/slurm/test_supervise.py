@@ -1,4 +1,4 @@
-"""slurm/supervise.sh alone, with commands that only sleep and exit: what becomes of the job."""
+"""slurm/supervise.sh alone, with commands that only sleep and exit: is the job requeued, failed or cancelled?"""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import pytest
 from tests.slurm.conftest import TEMPLATES
 
 TWO = ("--nodes=2", "--ntasks-per-node=1", "--open-mode=append", "--requeue")
-# Of two tasks that exit alike the slower one may be ended with 143 before it does. Ranks hold out; see docs/slurm.md.
+# With two tasks that exit with the same code, Slurm may end the slower one (143) before it exits. Ranks survive a
+# SIGTERM; see docs/slurm.md.
 ALONE = "--nodes=1"
 
 
 @pytest.fixture
 def command(user):
-    """Submit a job that supervises srun's `bash -c TEXT`."""
+    """Submit a job that supervises `srun bash -c TEXT`."""
     script = user.home / "supervised.sbatch"
     script.write_text(
         f'#!/bin/bash\nsource {TEMPLATES}/supervise.sh\nsupervise srun --kill-on-bad-exit=1 bash -c "$1"\n'
@@ -26,11 +27,11 @@ def command(user):
     return submit
 
 
-def test_exit_codes_decide(user, command):
-    """All jobs at once: a failed task fails the job, a lost rank and an orderly stop requeue it, within limits."""
+def test_the_exit_code_decides(user, command):
+    """All jobs at once. A failed task fails the job; a lost rank and a stop on request requeue it, within limits."""
     cluster = user.cluster
     jobs = {
-        # Not before the other task runs: one that is only starting may miss the signal, and is killed later (137).
+        # Task 1 fails once task 0 runs: a task that is just starting may miss the signal, and is killed later (137).
         "fails": command(
             "[ $SLURM_PROCID = 0 ] && { touch running; exec sleep 200; }\n"
             "until [ -e running ]; do sleep 0.1; done; exit 7"
@@ -40,40 +41,41 @@ def test_exit_codes_decide(user, command):
         "may not": command("exit 75", ALONE, "--no-requeue"),
         "lost": command("exit 70", ALONE),
         "killed": command("kill -9 $$", ALONE),
-        "given up": command("exit 70", ALONE, DSMIM_RESTARTS="0"),
+        "not again": command("exit 70", ALONE, DSMIM_RESTARTS="0"),
     }
     for name in ("stopped", "lost", "killed"):
         cluster.requeued(jobs[name], timeout=30)
-        assert "requeued" in user.said(jobs[name])
+        assert "requeued" in user.output(jobs[name])
         cluster.run("scancel", jobs[name])
-    ended = {name: cluster.wait(jobs[name], timeout=30) for name in ("fails", "wrong", "may not", "given up")}
+    ended = {name: cluster.wait(jobs[name], timeout=30) for name in ("fails", "wrong", "may not", "not again")}
     assert all(state["JobState"] == "FAILED" for state in ended.values())
-    assert ended["fails"]["ExitCode"] == "143:0"  # srun's: the highest of the failed task's and the ended one's
-    assert [ended[name]["ExitCode"] for name in ("wrong", "may not", "given up")] == ["1:0", "75:0", "70:0"]
-    assert "to go on, submit the same command again" in user.said(jobs["may not"])
-    assert "after 0 restarts: given up" in user.said(jobs["given up"])
+    # srun returns the higher code: 7 of the failed task, 143 of the one that Slurm ended.
+    assert ended["fails"]["ExitCode"] == "143:0"
+    assert [ended[name]["ExitCode"] for name in ("wrong", "may not", "not again")] == ["1:0", "75:0", "70:0"]
+    assert "to resume, submit the same command again" in user.output(jobs["may not"])
+    assert "after 0 restarts: not requeued again" in user.output(jobs["not again"])
 
 
 def test_a_cancelled_job_stays_cancelled(user, command):
-    """Its ranks save and leave with 75, and Slurm would requeue it if it were asked to."""
+    """Its ranks save and end with 75. Slurm would requeue it, but is not asked to."""
     job = command("trap 'exit 75' TERM USR1; echo ready; while :; do sleep 0.1; done")
-    user.until_said(job, "ready", timeout=30)
+    user.wait_for_output(job, "ready", timeout=30)
     user.cluster.run("scancel", job)
     state = user.cluster.wait(job, timeout=30)
-    user.cluster.until(lambda: "not requeued" in user.said(job), 30, "the last words")
+    user.cluster.until(lambda: "not requeued" in user.output(job), 30, "the message about it")
     assert state["JobState"] == "CANCELLED" and user.cluster.job(job)["Restarts"] == "0"
 
 
-def test_a_signal_before_anybody_listens_requeues(user, command):
+def test_a_signal_that_no_rank_handles_requeues(user, command):
     job = command("echo ready; sleep 200")
-    user.until_said(job, "ready", timeout=30)
+    user.wait_for_output(job, "ready", timeout=30)
     user.cluster.run("scancel", "--signal=USR2", "--batch", job)
     user.cluster.requeued(job, timeout=30)
-    assert "ended by the request to stop" in user.said(job)
+    assert "ended by the request to stop" in user.output(job)
     user.cluster.run("scancel", job)
 
 
-def test_in_an_array_one_task_is_requeued_and_told_its_end(user, command):
+def test_in_an_array_one_task_is_requeued_and_knows_its_end(user, command):
     asked = "from dsmim.cluster.slurm import end_of_job as end; import os; print('asked', end(os.environ))"
     text = f'''[ $SLURM_ARRAY_TASK_ID = 1 ] && exit 75
         echo end $SLURM_JOB_END_TIME; env -u SLURM_JOB_END_TIME SQUEUE_FORMAT=%i python -c "{asked}"'''
@@ -83,9 +85,9 @@ def test_in_an_array_one_task_is_requeued_and_told_its_end(user, command):
     states = [user.cluster.wait(task, timeout=30) for task in (tasks[0], tasks[2])]
     assert [state["JobState"] for state in states] == ["COMPLETED"] * 2
     assert [user.cluster.job(task)["Restarts"] for task in tasks] == ["0", "1", "0"]
-    said = user.said(int(states[0]["JobId"]))
-    told = user.cluster.run("date", "-d", states[0]["StartTime"], "+%s").stdout
-    assert f"end {int(told) + 3600}\nasked {int(told) + 3600}.0\n" in said
+    output = user.output(int(states[0]["JobId"]))
+    start = user.cluster.run("date", "-d", states[0]["StartTime"], "+%s").stdout
+    assert f"end {int(start) + 3600}\nasked {int(start) + 3600}.0\n" in output
     user.cluster.run("scancel", job)
 
 
@@ -100,7 +102,7 @@ def test_a_dependent_job_waits_through_a_requeue(user, command):
     assert user.cluster.job(after)["Restarts"] == "0"
 
 
-def test_templates_say_where_their_other_half_is_missing(user):
+def test_templates_report_a_missing_supervise_sh(user):
     job = user.sbatch("pretrain.sbatch", "r.yaml", DSMIM_SLURM="/nowhere")
     state = user.cluster.wait(job, timeout=30)
-    assert state["ExitCode"] == "1:0" and "no /nowhere/supervise.sh: submit from dsmim's folder" in user.said(job)
+    assert state["ExitCode"] == "1:0" and "no /nowhere/supervise.sh: submit from dsmim's folder" in user.output(job)

@@ -1,4 +1,4 @@
-"""The templates as Slurm reads them, and the jobs that depend on one another."""
+"""The headers of the templates as Slurm reads them, and jobs that depend on one another."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tests.slurm.conftest import AS_ROOT, SMALL, TEMPLATES
 
 
 @pytest.mark.parametrize("path", sorted(TEMPLATES.glob("*.sbatch")), ids=lambda path: path.stem)
-def test_slurm_takes_every_line_of_the_header(user, path):
-    """Slurm ignores #SBATCH lines behind the first command without a word."""
+def test_slurm_reads_every_line_of_the_header(user, path):
+    """Slurm silently ignores #SBATCH lines after the first command."""
     cluster = user.cluster
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", path.read_text(), re.M))
     nodes = int(options.get("nodes", 1))
@@ -34,16 +34,16 @@ def test_slurm_takes_every_line_of_the_header(user, path):
 
 
 def test_pretraining_then_variants_then_their_evaluation(user):
-    """And, at the same time, the same after a pre-training that fails."""
+    """At the same time, a second pipeline whose pre-training fails."""
     options = " ".join(("--nodes=1", *SMALL[1:]))
     env = {"DSMIM_SBATCH": f"{options} --output={user.home}/%j.out", "DSMIM_SWEEP": "seed=3 optim.lr=5e-4", **AS_ROOT}
     words = ("schedule.duration.steps=2", "validation.every.steps=2")
-    told = user.cluster.run(TEMPLATES / "pipeline.sh", "graph", "r.yaml", "c.yaml", *words, cwd=user.home, **env).stdout
-    pretrain, finetune, evaluate = map(int, re.findall(r"\d+", told))
+    jobs = user.cluster.run(TEMPLATES / "pipeline.sh", "graph", "r.yaml", "c.yaml", *words, cwd=user.home, **env).stdout
+    pretrain, finetune, evaluate = map(int, re.findall(r"\d+", jobs))
     broken = user.cluster.run(TEMPLATES / "pipeline.sh", "no", "nothing", "c.yaml", cwd=user.home, **env).stdout
     first, *others = map(int, re.findall(r"\d+", broken))
     assert user.cluster.job(f"{evaluate}_1")["Dependency"].startswith(f"aftercorr:{finetune}")
-    assert user.cluster.wait(first)["JobState"] == "FAILED" and "no shipped recipe of that name" in user.said(first)
+    assert user.cluster.wait(first)["JobState"] == "FAILED" and "no shipped recipe of that name" in user.output(first)
     for other in others:
         state = user.cluster.wait(other, timeout=60)
         assert state["JobState"] == "CANCELLED" and state["Reason"] == "DependencyNeverSatisfied"

@@ -1,0 +1,66 @@
+"""Ranks and world sizes, from the environment that each launcher leaves."""
+
+import pytest
+
+from dsmim.cluster.placement import detect, expand_counts, is_first
+
+TORCHRUN = dict(RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", MASTER_ADDR="n0", MASTER_PORT="29501", LOCAL_WORLD_SIZE="2")
+SRUN = dict(
+    SLURM_PROCID="3", SLURM_LOCALID="1", SLURM_NODEID="1", SLURM_STEP_NUM_TASKS="4", SLURM_STEP_NUM_NODES="2",
+    SLURM_STEP_TASKS_PER_NODE="2(x2)", SLURM_STEP_NODELIST="n[1-2]", SLURM_JOB_ID="77", SLURM_STEP_ID="0",
+    SLURM_NTASKS="4", MASTER_ADDR="n1",
+)  # fmt: skip
+
+
+def test_torch_variables():
+    place = detect(TORCHRUN)
+    assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (3, 4, 1, 2)
+    assert (place.master_addr, place.master_port) == ("n0", 29501)
+
+
+def test_srun_variables():
+    place = detect(SRUN)
+    assert (place.launcher, place.rank, place.world_size) == ("srun", 3, 4)
+    assert (place.local_rank, place.local_world_size) == (1, 2)
+    assert place.master_addr == "n1" and 10000 <= place.master_port < 30000
+    assert detect(SRUN | {"SLURM_JOB_ID": "78"}).master_port != place.master_port
+
+
+def test_a_single_process():
+    assert (detect({}).rank, detect({}).world_size) == (0, 1)
+    one = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+    assert detect(one).world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "Slurm gives 2 tasks but this process sees a world of 1"),
+        (TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "2"}, "world of 1"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        (TORCHRUN | {"RANK": "4"}, "rank 4 .* outside a world of 4"),
+        (TORCHRUN | {"OMPI_COMM_WORLD_SIZE": "8"}, "OMPI_COMM_WORLD_SIZE announces 8 ranks .* world of 4"),
+        ({"PMI_SIZE": "4"}, "PMI_SIZE announces 4 ranks"),
+        ({"MV2_COMM_WORLD_SIZE": "2"}, "MV2_COMM_WORLD_SIZE announces 2 ranks"),
+        (
+            TORCHRUN | {"LOCAL_WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"},
+            "on 2 nodes but all 4 ranks",
+        ),
+    ],
+)
+def test_contradictions_are_errors(env, message):
+    with pytest.raises(ValueError, match=message):
+        detect(env)
+
+
+def test_torchrun_on_every_slurm_node_is_allowed():
+    assert detect(TORCHRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}).world_size == 4
+
+
+def test_slurm_task_counts():
+    assert expand_counts("2(x2),1") == [2, 2, 1] and expand_counts("8") == [8]
+
+
+@pytest.mark.parametrize("name", ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"])
+def test_rank_zero_is_known_from_variables_alone(name):
+    assert is_first({}) and is_first({name: "0"}) and not is_first({name: "3"})
