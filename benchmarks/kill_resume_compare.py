@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dsmim.checkpoint.reading import locate, read_state
-from dsmim.checkpoint.zero_shards import weights
+from dsmim.checkpoint.zero_shards import read_weights
 from dsmim.recipe.reading import load_recipe
 from dsmim.samples import sample_keys
 
@@ -59,7 +59,7 @@ def _checkpoints(one: Path, other: Path) -> Iterator[str]:
         if states[0].get(key) != states[1].get(key):
             yield f"state.json: {key} {states[1].get(key)} instead of {states[0].get(key)}"
     for which in ("fp32", "ema"):
-        yield from _tensors(f"weight ({which})", *(weights(path, which) for path in last))
+        yield from _tensors(f"weight ({which})", *(read_weights(path, which) for path in last))
     names = [sorted(path.name for path in checkpoint.glob("*.pt")) for checkpoint in last]
     if names[0] != names[1]:
         yield f"files {names[1]} instead of {names[0]}"

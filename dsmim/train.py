@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from dsmim.checkpoint.restore import restore
+from dsmim.checkpoint.resume import resume_engine
 from dsmim.checkpoint.run_directory import RunDirectory, open_run
+from dsmim.checkpoint.saved_layout import PARAMETER_ORDER
 from dsmim.checkpoint.saving import Saver
-from dsmim.checkpoint.zero_layouts import ORDER
 from dsmim.cluster.slurm import end_of_job
 from dsmim.data.dataset import EvalDataset, TarDataset
 from dsmim.data.from_recipe import open_reader, training_shards
 from dsmim.data.loader import train_loader
 from dsmim.data.order import stream_key, training_order
+from dsmim.engine.limits import FaultLimits
 from dsmim.engine.runtime import Runtime, joined
-from dsmim.engine.watch import Watch
 from dsmim.engine.zero import Engine, StepResult
 from dsmim.evaluate import open_validation, to_device, validate
 from dsmim.health import replay
@@ -100,7 +100,7 @@ class _Training:
                 self.task.fill(weights),
             )  # fmt: skip
         runtime.set_timeout(recipe.engine.timeout_minutes)  # in DeepSpeed's own groups too
-        self.watch = Watch(recipe, runtime, self.log.say, self.data.order.epoch_samples)
+        self.limits = FaultLimits(recipe, runtime, self.log.say, self.data.order.epoch_samples)
         self.saver = Saver(
             self.engine, self.run_dir.checkpoints, recipe.checkpoint, self.plan.keep_every,
             self.run_dir.step if self.run_dir.resume_from else None, runtime, self.log.say,
@@ -181,19 +181,19 @@ class _Training:
         self.engine.train()
         losses = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
         for micro_batch in micro_batches:
-            losses[1] += self.watch.undecodable(micro_batch)
+            losses[1] += self.limits.report_undecodable(micro_batch)
             batch = to_device(micro_batch, self.runtime.device) | {"step": step}
             loss = self.task.training_loss(self.engine, batch)
             self.engine.backward(loss)
             losses[0] += loss.detach().double() / (self.plan.accumulation * self.runtime.world_size)
         own = float(losses[0])
         total, faults = self.runtime.sum(losses).tolist()
-        bad = self.watch.count(int(faults), self.recipe.batch.global_batch)
+        bad = self.limits.count_undecodable(int(faults), self.recipe.batch.global_batch)
         result = self.engine.step(step)
         clock.steps += 1
         if not (math.isfinite(total) and result.applied):
             self._keep_for_replay(step, micro_batches, own, total, result)
-        self.watch.finite(step, total, own, result, [key for batch in micro_batches for key in batch["key"]])
+        self.limits.check_step(step, total, own, result, [key for batch in micro_batches for key in batch["key"]])
         return total, result, bad
 
     def _keep_for_replay(self, step: int, micro_batches: list[Batch], own: float, total: float, result: StepResult):
@@ -227,8 +227,8 @@ class _Training:
         """Load the checkpoint that the run goes on from, if there is one. Gives the completed steps."""
         run = self.run_dir
         if run.resume_from is not None:
-            restore(run, self.engine, self.runtime, self.log.say)
-            self.watch.restore(run.state["watch"])
+            resume_engine(run, self.engine, self.runtime, self.log.say)
+            self.limits.load_state(run.state["watch"])
             self.log.say(f"resumed from {run.resume_from}")
         return run.step
 
@@ -243,8 +243,8 @@ class _Training:
             "world_size": self.runtime.world_size,
             "zero_stage": self.engine.stage,
             "micro_batch": self.plan.micro_batch,
-            ORDER: [list(group.names) for group in self.engine.groups],
-            "watch": self.watch.state(),
+            PARAMETER_ORDER: [list(group.names) for group in self.engine.groups],
+            "watch": self.limits.state(),
             "validation": self.validated[1] if measured else None,
             "validation_due": validation_due,
             "recipe": self.recipe.model_dump(mode="json"),
