@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dsmim.checkpoint.engine_layout import FlatTensor
+from dsmim.checkpoint.model_check import MAX_LISTED
 from dsmim.checkpoint.universal import checksum
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.zero import Engine
@@ -24,7 +25,6 @@ Item = tuple[str, str]
 
 SHARD = "shard"
 """At stage 3 a rank's part of the weight that the forward pass gathers."""
-LISTED = 10  # differences that an error names
 
 
 def check_loaded(
@@ -43,8 +43,8 @@ def check_loaded(
     with runtime.all_or_none():
         if different:
             raise ValueError(
-                f"{universal}: these tensors differ after loading: {', '.join(different[:LISTED])}; remove that folder "
-                "and start again"
+                f"{universal}: these tensors differ after loading: {', '.join(different[:MAX_LISTED])}; remove that "
+                "folder and start again"
             )
 
 

@@ -13,7 +13,7 @@ Shapes = dict[str, list[int]]
 """Name → shape."""
 
 TRAINED, FROZEN, BUFFER = "parameter that is trained", "frozen parameter", "buffer"
-LISTED = 10  # differences that an error names
+MAX_LISTED = 10  # differences that an error names
 
 
 def check_same_model(universal: Path, manifest: dict[str, Any], engine: Engine) -> None:
@@ -22,8 +22,8 @@ def check_same_model(universal: Path, manifest: dict[str, Any], engine: Engine) 
     expected, found = _engine_shapes(engine), _checkpoint_shapes(manifest)
     different = [line for kind in expected for line in _differences(kind, expected[kind], found[kind])]
     if different:
-        lines = "".join(f"\n  {line}" for line in different[:LISTED])
-        more = f"\n  … and {len(different) - LISTED} more" if len(different) > LISTED else ""
+        lines = "".join(f"\n  {line}" for line in different[:MAX_LISTED])
+        more = f"\n  … and {len(different) - MAX_LISTED} more" if len(different) > MAX_LISTED else ""
         raise ValueError(f"{universal}: is of another model; restore the recipe's model section:{lines}{more}")
 
 

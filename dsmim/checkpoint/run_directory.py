@@ -59,7 +59,7 @@ def open_run(path: Path, recipe: Recipe, data: str, runtime: Runtime, fork: bool
     """
     run = RunDirectory(path)
     with runtime.all_or_none():
-        run.lock = _lock(path) if runtime.is_rank_zero else None
+        run.lock = _lock_directory(path) if runtime.is_rank_zero else None
         run.resume_from, run.notes = reading.find_valid(run.checkpoints, runtime)
         if run.resume_from is not None:
             run.state = runtime.on_rank_zero(lambda: reading.read_state(run.resume_from))
@@ -85,7 +85,7 @@ def changes_of(state: dict[str, Any], recipe: Recipe, data: str) -> list[str]:
     return changes
 
 
-def _lock(path: Path) -> TextIO:
+def _lock_directory(path: Path) -> TextIO:
     """Lock RUN/lock until this process ends. The kernel then frees it, also after a kill."""
     path.mkdir(parents=True, exist_ok=True)
     lock = (path / "lock").open("a+")

@@ -52,7 +52,7 @@ def stage_0_layout(model: dict[str, Any], order: list[str] | None, checkpoint: P
         names, states = _names_without_order(module, set(model["buffer_names"])), {}
     else:
         names, states = order, model["optimizer"]["state"]
-        _check_order(order, model, checkpoint)
+        _check_order_fits(order, model, checkpoint)
     shapes = {name: module[name].shape for name in names}
     pieces = {name: [SavedPiece(0, number, 0, shapes[name].numel())] for number, name in enumerate(names)}
     flat = [
@@ -108,7 +108,7 @@ def _names_without_order(module: dict[str, Any], buffers: set[str]) -> list[str]
     return [name for name in module if name in parameters]
 
 
-def _check_order(order: list[str], model: dict[str, Any], checkpoint: Path) -> None:
+def _check_order_fits(order: list[str], model: dict[str, Any], checkpoint: Path) -> None:
     count = sum(len(group["params"]) for group in model["optimizer"]["param_groups"])
     if len(order) != count or not set(order) <= model["module"].keys():
         raise ValueError(

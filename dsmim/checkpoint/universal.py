@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dsmim.checkpoint.reading import MANIFEST, check_files
 from dsmim.checkpoint.saving import fresh_folder
-from dsmim.checkpoint.zero_shards import ZeroShards
+from dsmim.checkpoint.zero_shards import ZeroShards, load_file
 from dsmim.engine.digest import FileEntry, HashingFile, sha256
 from dsmim.engine.runtime import Runtime
 
@@ -53,7 +53,7 @@ def convert(checkpoint: Path, out: Path, runtime: Runtime, say: Callable[[str], 
     try:
         with runtime.all_or_none():
             shares = runtime.gather(_write_share(shards, partial, runtime))
-            runtime.on_rank_zero(lambda: _complete(shards, source, shares, partial, out))
+            runtime.on_rank_zero(lambda: _publish_folder(shards, source, shares, partial, out))
     except ValueError as error:
         runtime.on_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))  # free the disk space
         raise type(error)(f"{checkpoint} could not be converted; it is unchanged. {error}") from None
@@ -76,12 +76,12 @@ def read_manifest(universal: Path) -> dict[str, Any]:
 
 def read_parameter(universal: Path, name: str, key: str) -> torch.Tensor:
     """Return one tensor of a trained parameter, mapped into memory. Raises ValueError when it cannot be read."""
-    return _load_file(universal / "zero" / name / f"{key}.pt")["param"]
+    return load_file(universal / "zero" / name / f"{key}.pt")["param"]
 
 
 def read_module(universal: Path) -> dict[str, torch.Tensor]:
     """Return buffers and frozen parameters by name. Raises ValueError when they cannot be read."""
-    return _load_file(universal / MODEL_FILE)["module"]
+    return load_file(universal / MODEL_FILE)["module"]
 
 
 def checksum(tensor: torch.Tensor) -> int:
@@ -174,7 +174,7 @@ class _FileWriter:
             raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def _complete(
+def _publish_folder(
     shards: ZeroShards, source: str, shares: list[tuple[dict[str, Any], Entries]], partial: Path, out: Path
 ) -> None:
     """Write the manifest and give the folder its final name."""
@@ -192,10 +192,3 @@ def _complete(
     if out.exists():
         shutil.rmtree(out)
     partial.rename(out)
-
-
-def _load_file(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None

@@ -49,7 +49,7 @@ def load_universal(universal: Path, engine: Engine, runtime: Runtime) -> None:
     flats = flat_tensors(engine, runtime.rank)
     with torch.no_grad():
         with runtime.all_or_none():
-            _fill(universal, manifest, engine, flats, runtime.rank)
+            _fill_all(universal, manifest, engine, flats, runtime.rank)
         _update_forward_weights(engine)
     for counter, value in manifest["counters"].items():
         setattr(engine.deepspeed, counter, value)  # not micro_steps: a checkpoint is saved between two steps
@@ -66,7 +66,7 @@ def _check_not_on_nvme(engine: Engine) -> None:
         )
 
 
-def _fill(universal: Path, manifest: Manifest, engine: Engine, flats: list[FlatTensor], rank: int) -> None:
+def _fill_all(universal: Path, manifest: Manifest, engine: Engine, flats: list[FlatTensor], rank: int) -> None:
     for flat in flats:
         _fill_weights(universal, flat)
         _fill_state(universal, manifest["parameters"], flat, engine.optimizer)

@@ -45,13 +45,13 @@ class ZeroShards:
     def __init__(self, checkpoint: Path):
         self.checkpoint = checkpoint
         optimizers = _by_rank(checkpoint, "optim_states")
-        self._optimizers = [_load(path)["optimizer_state_dict"] for path in optimizers]
+        self._optimizers = [load_file(path)["optimizer_state_dict"] for path in optimizers]
         self.stage = int(self._optimizers[0]["zero_stage"]) if optimizers else 0
         self._model_files = [checkpoint / "mp_rank_00_model_states.pt"]
         if self.stage == 3:
             self._model_files = _by_rank(checkpoint, "model_states")
         self._check_complete()
-        self._model = _load(self._model_files[0])
+        self._model = load_file(self._model_files[0])
         self.world_size: int = self._model["dp_world_size"]
         self._order = _read_order(checkpoint) if self.stage == 0 else None
         self._layout = self._read_layout()
@@ -71,7 +71,7 @@ class ZeroShards:
 
         One state stands for all: DeepSpeed steps all parameters or none, those without a gradient with zeros.
         """
-        self._check_order()
+        self._check_order_known()
         state = next((state for groups in self._layout.states for state in groups if state), {})
         return ["fp32", *(key for key in state if key != "step")]
 
@@ -90,7 +90,7 @@ class ZeroShards:
     @property
     def steps(self) -> dict[str, float]:
         """How often the optimizer has stepped each parameter; one that it never stepped is left out."""
-        self._check_order()
+        self._check_order_known()
         found = {}
         for name, (first, *_) in self._layout.pieces.items():
             step = self._layout.states[first.rank][first.group].get("step")
@@ -125,10 +125,10 @@ class ZeroShards:
     def _flat(self, piece: SavedPiece, key: str) -> torch.Tensor:
         if key == "fp32":
             return self._layout.masters[piece.rank][piece.group]
-        self._check_order()
+        self._check_order_known()
         return self._layout.states[piece.rank][piece.group][key]
 
-    def _check_order(self) -> None:
+    def _check_order_known(self) -> None:
         if self.stage == 0 and self._order is None and self._model["optimizer"]["state"]:
             raise ValueError(f"{self.checkpoint}: {_ORDER_UNKNOWN}")
 
@@ -166,7 +166,7 @@ class ZeroShards:
         if self.stage < 3:
             return self._model["module"][name].float().clone()
         shape = self.shapes[name]
-        models = [self._model, *map(_load, self._model_files[1:])]
+        models = [self._model, *map(load_file, self._model_files[1:])]
         pieces = torch.cat([model["frozen_param_fragments"][name].flatten() for model in models])
         return pieces[: shape.numel()].float().view(shape)
 
@@ -186,6 +186,19 @@ def read_weights(checkpoint: Path, which: str = "fp32") -> dict[str, torch.Tenso
     return found | {name: found[owner] for name, owner in shards.shared.items() if owner in found}
 
 
+def load_file(path: Path) -> dict[str, Any]:
+    """Return the content of one of DeepSpeed's files, its tensors mapped into memory.
+
+    Raises ValueError when the file is missing, damaged, or names a class that is not allowed.
+    """
+    try:
+        with torch.serialization.safe_globals(_allowed_classes() if path.name.endswith("optim_states.pt") else []):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ValueError(f"{path}: cannot be read as DeepSpeed's file ({reason})") from None
+
+
 def _read_order(checkpoint: Path) -> list[str] | None:
     try:
         groups = json.loads((checkpoint / "state.json").read_text()).get(PARAMETER_ORDER)
@@ -202,15 +215,6 @@ def _by_rank(checkpoint: Path, kind: str) -> list[Path]:
     matches = [pattern.fullmatch(path.name) for path in checkpoint.iterdir()]
     found = {int(match[1]): checkpoint / match[0] for match in matches if match}
     return [found[rank] for rank in sorted(found)]
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        with torch.serialization.safe_globals(_allowed_classes() if path.name.endswith("optim_states.pt") else []):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise ValueError(f"{path}: cannot be read as DeepSpeed's file ({reason})") from None
 
 
 def _allowed_classes() -> list[type]:

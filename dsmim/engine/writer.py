@@ -40,7 +40,7 @@ class CheckpointWriter(CheckpointEngine):
             optimizer["zero_stage"] = int(optimizer["zero_stage"])
         if self._pool is None:
             self._files[file.name] = done = Future()
-            _complete(done, lambda: _write(file, state_dict))
+            _set_result(done, lambda: _write(file, state_dict))
             self.bytes += 0 if done.exception() else done.result()["bytes"]
             return
         memory = _MemoryFile()
@@ -98,7 +98,7 @@ def _write_from_memory(path: Path, memory: _MemoryFile) -> FileEntry:
         return hashed.finish()
 
 
-def _complete(future: Future, action: Any) -> None:
+def _set_result(future: Future, action: Any) -> None:
     try:
         future.set_result(action())
     except OSError as error:
