@@ -25,7 +25,7 @@ from memory import PeakMemory
 from dsmim.cluster.placement import free_port
 from dsmim.engine.construct import construct
 from dsmim.engine.runtime import Runtime, start, stop
-from dsmim.engine.schedule import resolve
+from dsmim.engine.schedule import resolve_schedule
 from dsmim.engine.zero import Engine
 from dsmim.evaluate import to_device
 from dsmim.models import create_model
@@ -107,7 +107,7 @@ def train(args: argparse.Namespace, runtime: Runtime) -> dict:
     torch.manual_seed(0)
     task = build_task(recipe)
     params = sum(p.numel() for p in task.model.parameters())
-    rate = resolve(recipe.schedule, recipe.optim, recipe.batch.global_batch, 1)
+    rate = resolve_schedule(recipe.schedule, recipe.optim, recipe.batch.global_batch, 1)
     engine = Engine(task.model, task.layers, recipe, runtime, 1, rate, task.fill())
     built, build_seconds = memory.read(), time.perf_counter() - begin
     memory.reset()

@@ -1,12 +1,12 @@
-"""A run that is killed again and again ends as one that nobody touched: weights, moments, average, metrics, samples.
+"""Shows that a run that is killed many times ends like an undisturbed one: weights, moments, average, metrics, samples.
 
     python benchmarks/kill_resume.py --kills 20 [--quick] [--seed S] [--stage 3] [--background] [--keep DIR]
 
-Two ranks train a small Swin V2 on CPU under ZeRO, once in peace and once with SIGKILLs at random instants: of a random
-rank, or of all processes at once; while starting and training, and aimed at saving. After each kill the same command is
-started again. Bytes are compared, not tolerances. The samples of a step are those that its loss was computed from, as
-the ranks themselves noted. Progress goes to standard error, the last line of standard output is one JSON object; the
-exit status is 1 when anything differs.
+Two ranks train a small Swin V2 on CPU under ZeRO, once undisturbed and once with SIGKILLs at random times. A kill hits
+a random rank or all processes at once, while the run starts, trains or saves. After each kill the same command is
+started again. The comparison is byte by byte, without tolerances. The samples of a step are those from which the ranks
+computed its loss: they note them. Progress goes to standard error; the last line of standard output is one JSON object;
+the exit status is 1 when anything differs.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ from dsmim.cluster.placement import free_port
 from dsmim.shards.index import write_index
 
 HERE = Path(__file__).parent
-BATCH, EPOCH = 8, 400  # samples; a run has more, so that an epoch border lies inside, but the quick one
-PATIENCE = 120  # seconds: for a start, and for a job's end after one of its ranks was killed
+BATCH, EPOCH = 8, 400  # samples; a run has more than one epoch, except the quick one
+PATIENCE = 120  # seconds to wait for a start, and for a job's end after one of its ranks was killed
 
 
 def recipe(shards: Path, steps: int, save_every: int, stage: int, background: bool) -> dict:
-    """A model with all that could go wrong: drop path, an average, decoding in workers, validation in between."""
+    """Return a recipe with everything that resuming could get wrong: drop path, a moving average, decoding in workers,
+    validation between steps."""
     return {
         "name": "kill-resume",
         "task": {"name": "simmim", "mask_patch": 16},
@@ -60,7 +61,7 @@ def recipe(shards: Path, steps: int, save_every: int, stage: int, background: bo
 
 
 def make_shards(folder: Path) -> None:
-    """Small images of noise, whose keys run through all shards."""
+    """Write shards of small noise images; the numbers in the keys continue from shard to shard."""
     pixels, number = np.random.default_rng(0), 0
     for name, counts in (("train", [EPOCH // 4 + 7, EPOCH // 4 - 7, EPOCH // 4, EPOCH // 4]), ("val", [13])):
         for shard, count in enumerate(counts):
@@ -77,7 +78,7 @@ def make_shards(folder: Path) -> None:
 
 @dataclass
 class Job:
-    """One run: the same command, started as often as need be."""
+    """One run: the same command, started as often as necessary."""
 
     run: Path
     recipe: Path
@@ -99,7 +100,7 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """Of the newest session."""
+        """The log file of the newest session."""
         return self.run.with_name(f"{self.run.name}_session_{self.sessions:02d}.log")
 
     def step(self) -> int:
@@ -111,14 +112,17 @@ class Job:
 
 
 class Killer:
-    """Kills a job's session at an instant that only the seed knows. stride: how far a session may get, in steps."""
+    """Kills a job's session at a random time.
+
+    stride: the most steps that a session may take; stall: seconds of a save; step_seconds: seconds of a step.
+    """
 
     def __init__(self, job: Job, seed: int, stride: int, stall: float, step_seconds: float):
         self.job, self.random, self.stride = job, random.Random(seed), stride
         self.stall, self.step_seconds = stall, step_seconds
 
     def kill(self, session: subprocess.Popen) -> str | None:
-        """Wait for the instant, and kill. Gives what was killed, in words; None when the run was faster."""
+        """Wait for a random time, then kill. Return what was killed, in words; None if the run ended before."""
         begun, before = time.monotonic(), self.job.notes()
         instant = self.random.choices(("starting", "training", "saving"), (1, 4, 4))[0]
         if instant == "starting":
@@ -136,7 +140,7 @@ class Killer:
         if session.poll() is not None:
             return None
         where = f"{instant}, step {self.job.step()}, {time.monotonic() - begun:.1f} s after its start"
-        partial = " (half a checkpoint left)" if any((self.job.run / "checkpoints").glob(".partial_*")) else ""
+        partial = " (a partial checkpoint is left)" if any((self.job.run / "checkpoints").glob(".partial_*")) else ""
         return f"{self._strike(session)} while {where}{partial}"
 
     def _strike(self, session: subprocess.Popen) -> str:
@@ -155,12 +159,12 @@ class Killer:
         session.wait(PATIENCE)
         _, alive = psutil.wait_procs(family, timeout=30)
         if alive:
-            raise RuntimeError(f"{name} killed, but {alive} live on")
+            raise RuntimeError(f"{name} killed, but {alive} still run")
         return f"killed {name} (the job ended {time.monotonic() - begun:.1f} s later)"
 
-    def _wait(self, session: subprocess.Popen, come) -> None:
+    def _wait(self, session: subprocess.Popen, condition) -> None:
         deadline = time.monotonic() + PATIENCE
-        while not come() and session.poll() is None:
+        while not condition() and session.poll() is None:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"nothing happened for {PATIENCE} s: {self.job.log}")
             time.sleep(0.002)
@@ -176,8 +180,8 @@ def _rank(process: psutil.Process) -> str | None:
     return None
 
 
-def in_peace(job: Job) -> tuple[float, float]:
-    """Run to the end; gives the seconds of a step (its median) and the stall of a save (its median)."""
+def run_undisturbed(job: Job) -> tuple[float, float]:
+    """Run to the end. Return the median seconds of a step, and of the stall that a save causes."""
     session = job.start()
     if session.wait(3600):
         raise RuntimeError(f"ended with {session.returncode}:\n{job.log.read_text()[-3000:]}")
@@ -187,12 +191,12 @@ def in_peace(job: Job) -> tuple[float, float]:
 
 
 def stalls(job: Job) -> list[float]:
-    """Seconds that training stood still for each checkpoint of the newest session."""
+    """Return the seconds that training waited for each checkpoint of the newest session."""
     return [float(found) for found in re.findall(r"training stalled ([\d.]+) s", job.log.read_text())]
 
 
-def killed(job: Job, killer: Killer, kills: int) -> int:
-    """Run with so many kills to the end; gives how many there were."""
+def run_killed(job: Job, killer: Killer, kills: int) -> int:
+    """Run to the end with up to so many kills. Return how many there were."""
     done = 0
     while True:
         session = job.start()
@@ -206,18 +210,18 @@ def killed(job: Job, killer: Killer, kills: int) -> int:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
-    """Both runs and their comparison: the JSON object of the last line."""
+    """Make both runs and compare them. Return the JSON object of the last line."""
     steps, save_every = (6 + 4 * args.kills, 3) if args.quick else (40 + 12 * args.kills, 5)
     (shards := folder / "shards").mkdir(parents=True)
     make_shards(shards)
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe(shards, steps, save_every, args.stage, args.background)))
-    peace, other = (Job(folder / name, file) for name in ("in_peace", "killed"))
-    step_seconds, stall = in_peace(peace)
-    print(f"in peace: {step_seconds:.2f} s a step, stalled {stall:.2f} s a save", file=sys.stderr, flush=True)
+    undisturbed, other = (Job(folder / name, file) for name in ("undisturbed", "killed"))
+    step_seconds, stall = run_undisturbed(undisturbed)
+    print(f"undisturbed: {step_seconds:.2f} s a step, {stall:.2f} s stall a save", file=sys.stderr, flush=True)
     stride = max(1, round(1.2 * steps / (args.kills + 1)) - save_every // 2)
-    kills = killed(other, Killer(other, args.seed, stride, stall, step_seconds), args.kills)
-    found = list(compare.differences(peace.run, other.run, file))
+    kills = run_killed(other, Killer(other, args.seed, stride, stall, step_seconds), args.kills)
+    found = list(compare.differences(undisturbed.run, other.run, file))
     for difference in found[:20]:
         print(f"differs: {difference}", file=sys.stderr)
     return {
@@ -231,10 +235,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="two kills of a short run")
-    parser.add_argument("--seed", type=int, default=0, help="of the instants and victims")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times and the killed processes")
     parser.add_argument("--stage", type=int, default=3, choices=range(4), help="ZeRO stage")
     parser.add_argument("--background", action="store_true", help="checkpoints are written in the background")
-    parser.add_argument("--keep", type=Path, help="folder for runs and logs, which stays (default: one that goes)")
+    parser.add_argument("--keep", type=Path, help="folder for runs and logs, which is kept (default: a temporary one)")
     args = parser.parse_args()
     if args.quick:
         args.kills = 2

@@ -1,4 +1,4 @@
-"""Where two runs of kill_resume.py differ, in words, one a line."""
+"""Finds the differences of two runs of kill_resume.py, each as one line of text."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from typing import Any
 import torch
 
 from dsmim.checkpoint.reading import locate, read_state
-from dsmim.checkpoint.zero_shards import weights
+from dsmim.checkpoint.zero_shards import read_weights
 from dsmim.recipe.reading import load_recipe
 from dsmim.samples import sample_keys
 
 TIMED = ("images_per_second", "data_wait")
 
 
-def differences(peace: Path, killed: Path, recipe: Path) -> Iterator[str]:
-    """Everything that is not the same in two run directories, each with the ranks' notes beside it (NAME.notes)."""
-    yield from _checkpoints(peace, killed)
-    yield from _metrics(peace, killed)
-    yield from _samples(peace, killed, recipe)
+def differences(undisturbed: Path, killed: Path, recipe: Path) -> Iterator[str]:
+    """Yield every difference between two run directories, each with the ranks' notes beside it (NAME.notes)."""
+    yield from _checkpoints(undisturbed, killed)
+    yield from _metrics(undisturbed, killed)
+    yield from _samples(undisturbed, killed, recipe)
 
 
 def notes(run: Path) -> list[dict[str, Any]]:
-    """What the ranks noted, in the order in which it happened. A line that a kill cut short counts for none."""
-    return list(_whole(run.with_suffix(".notes").read_bytes()))
+    """Return the ranks' notes in the order of time, without lines that a kill cut short."""
+    return list(_complete_lines(run.with_suffix(".notes").read_bytes()))
 
 
 def last_step(run: Path) -> int:
-    """The step that was begun last, in any session so far; -1 before the first."""
+    """Return the last step that was begun in any session so far; -1 before the first."""
     path = run.with_suffix(".notes")
     if not path.exists():
         return -1
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 10_000))
-        return max((note["step"] for note in list(_whole(file.read()))[-1:]), default=-1)
+        return max((note["step"] for note in list(_complete_lines(file.read()))[-1:]), default=-1)
 
 
-def _whole(lines: bytes) -> Iterator[dict[str, Any]]:
+def _complete_lines(lines: bytes) -> Iterator[dict[str, Any]]:
     for line in lines.splitlines():
         with suppress(ValueError):
             yield json.loads(line)
 
 
 def steps_redone(run: Path) -> int:
-    """Steps that rank 0 began more than once, each as often as that."""
+    """Return how many steps rank 0 computed again after a kill."""
     begun = [note["step"] for note in notes(run) if note["rank"] == 0]
     return len(begun) - len(set(begun))
 
@@ -59,7 +59,7 @@ def _checkpoints(one: Path, other: Path) -> Iterator[str]:
         if states[0].get(key) != states[1].get(key):
             yield f"state.json: {key} {states[1].get(key)} instead of {states[0].get(key)}"
     for which in ("fp32", "ema"):
-        yield from _tensors(f"weight ({which})", *(weights(path, which) for path in last))
+        yield from _tensors(f"weight ({which})", *(read_weights(path, which) for path in last))
     names = [sorted(path.name for path in checkpoint.glob("*.pt")) for checkpoint in last]
     if names[0] != names[1]:
         yield f"files {names[1]} instead of {names[0]}"
@@ -68,7 +68,7 @@ def _checkpoints(one: Path, other: Path) -> Iterator[str]:
 
 
 def moments(run: Path) -> dict[str, int]:
-    """How many numbers of each kind the optimizer's shards hold: a comparison of nothing proves nothing."""
+    """Return how many numbers of each kind the optimizer's shards hold. Without numbers a comparison proves nothing."""
     counts = {"exp_avg": 0, "exp_avg_sq": 0, "ema": 0}
     for path in locate(run).glob("*.pt"):
         for name, value in leaves(_load(path)):
@@ -79,11 +79,11 @@ def moments(run: Path) -> dict[str, int]:
 
 
 def _load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=False)  # DeepSpeed's own classes; we wrote it ourselves
+    return torch.load(path, map_location="cpu", weights_only=False)  # DeepSpeed's own classes; the file is our own
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Tensors and plain values of a nested structure, with their paths."""
+    """Yield the tensors and plain values of a nested structure, with their paths."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from leaves(inner, f"{path}/{key}")
@@ -118,22 +118,23 @@ def _metrics(one: Path, other: Path) -> Iterator[str]:
 
 
 def stream(path: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what no two runs share."""
+    """Return the lines of metrics.jsonl without the figures that differ between any two runs."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
 
 
 def _samples(one: Path, other: Path, file: Path) -> Iterator[str]:
-    """Every step of either run, redone ones too, saw the samples that `dsmim samples` tells, and the same pixels."""
+    """Check that every step of both runs, also a repeated one, had the samples that `dsmim samples` lists, and the same
+    pixels."""
     wanted = {(note["step"], note["rank"]): note for note in notes(one)}
     recipe = load_recipe(str(file), [])
     steps = recipe.schedule.duration.steps
     ranks = {rank for _, rank in wanted}
     for step in range(steps):
         for rank in ranks:
-            told = [key for key, _ in sample_keys(recipe, range(step, step + 1), len(ranks), rank)]
-            if (step, rank) not in wanted or wanted[step, rank]["keys"] != told:
-                yield f"step {step}, rank {rank}: not the samples that `dsmim samples` tells"
+            expected = [key for key, _ in sample_keys(recipe, range(step, step + 1), len(ranks), rank)]
+            if (step, rank) not in wanted or wanted[step, rank]["keys"] != expected:
+                yield f"step {step}, rank {rank}: not the samples that `dsmim samples` lists"
     seen = notes(other)
     for note in seen:
         if note != (first := wanted.get((note["step"], note["rank"]))):

@@ -1,6 +1,6 @@
-"""`dsmim …`, noting which samples every micro batch's loss was computed from; started by kill_resume.py.
+"""Runs `dsmim …` and notes from which samples the loss of every micro batch is computed. kill_resume.py starts it.
 
-$KILL_RESUME_NOTES gets a line per micro batch: step, rank, sample keys, and a digest of the tensors that the model saw.
+The file $KILL_RESUME_NOTES gets a line per micro batch: step, rank, sample keys, and a digest of the input tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NOTES = "KILL_RESUME_NOTES"
 
 
 def noting(training_loss: Callable, file: int) -> Callable:
-    """The task's training_loss, each call of which is noted before it computes."""
+    """Return the task's training_loss so that it writes a note before it computes."""
     rank = int(os.environ["RANK"])
 
     def noted(task, forward, batch):
@@ -26,7 +26,7 @@ def noting(training_loss: Callable, file: int) -> Callable:
             if isinstance(batch[name], torch.Tensor):
                 digest.update(batch[name].contiguous().numpy().tobytes())
         note = {"step": batch["step"], "rank": rank, "keys": batch["key"], "digest": digest.hexdigest()}
-        os.write(file, f"\n{json.dumps(note)}\n".encode())  # also behind a line that a kill cut short
+        os.write(file, f"\n{json.dumps(note)}\n".encode())  # starts a new line even after one that a kill cut short
         return training_loss(task, forward, batch)
 
     return noted

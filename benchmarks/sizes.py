@@ -25,8 +25,8 @@ QUICK = {"swinv2": (192, 224), "deit3": (160, 224)}
 # AdamW in fp32 under bf16 autocast: 4 bytes of weights, 4 of gradients, 8 of moments, in all 16 a parameter (as with
 # 16-bit weights and fp32 masters, arXiv 1910.02054). Per stage: bytes a parameter that every rank holds, and bytes that
 # the ranks share. Stages 1 and 2 keep a copy of the weights as masters, shared (DeepSpeed runtime/zero/
-# stage_1_and_2.py); at stage 3 weights and masters are one (engine/zero.py, share_masters). Gradients are whole at
-# stage 1 until the backward pass ends.
+# stage_1_and_2.py); at stage 3 weights and masters are one (engine/zero_internals.py, share_masters). Gradients are
+# whole at stage 1 until the backward pass ends.
 WHOLE = 16
 BYTES = {0: (16, 0), 1: (8, 12), 2: (4, 16), 3: (0, 16)}
 CARDS = (40, 80, 141)  # 10⁹ bytes of memory: A100, A100 and H100, H200

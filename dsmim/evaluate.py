@@ -53,7 +53,7 @@ def recipe_of(path: Path, overrides: list[str]) -> Recipe:
 
 def weights_for(task: Task, found: Path, which: str = "fp32") -> State:
     """Return a checkpoint's weights for Task.fill. Raises ValueError when they belong to another model."""
-    return complete(task.model, zero_shards.weights(found, which), str(found))
+    return complete(task.model, zero_shards.read_weights(found, which), str(found))
 
 
 def open_validation(recipe: Recipe, task: Task, runtime: Runtime) -> EvalDataset:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsmim.data.order import accumulation_steps, refit_accumulation
-from dsmim.engine.schedule import LearningRate, resolve
+from dsmim.engine.schedule import LearningRate, resolve_schedule
 from dsmim.recipe import Duration, Recipe
 from dsmim.tasks import Task
 
@@ -46,7 +46,7 @@ def plan(recipe: Recipe, task: Task, epoch_samples: int, world_size: int, state:
     run. Raises ValueError when the ranks cannot share the global batch, or the task refuses the micro batch.
     """
     size = recipe.batch.global_batch
-    rate = resolve(recipe.schedule, recipe.optim, size, epoch_samples)
+    rate = resolve_schedule(recipe.schedule, recipe.optim, size, epoch_samples)
 
     def cadence(every: Duration) -> Cadence:
         return Cadence(every.in_steps(size, epoch_samples), rate.total)

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from dsmim.checkpoint.zero_layouts import ORDER
+from dsmim.checkpoint.saved_layout import PARAMETER_ORDER
 from dsmim.data.order import stream_key
 from dsmim.engine.zero import StepResult
 from dsmim.health import replay
@@ -46,7 +46,7 @@ def checkpoint_state(session: Session, done: int) -> dict[str, Any]:
         "world_size": session.runtime.world_size,
         "zero_stage": session.engine.stage,
         "micro_batch": session.run.plan.micro_batch,
-        ORDER: [list(group.names) for group in session.engine.groups],
+        PARAMETER_ORDER: [list(group.names) for group in session.engine.groups],
         "recipe": session.recipe.model_dump(mode="json"),
     }
 

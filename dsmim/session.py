@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsmim.checkpoint.restore import restore
+from dsmim.checkpoint.resume import resume_engine
 from dsmim.checkpoint.run_directory import RunDirectory
 from dsmim.data.dataset import EvalDataset, TarDataset
 from dsmim.data.from_recipe import open_reader, training_shards
@@ -124,7 +124,7 @@ def build_engine(recipe: Recipe, task: Task, run: Run, runtime: Runtime) -> Engi
         )
     runtime.set_timeout(recipe.engine.timeout_minutes)  # again, for the process groups that DeepSpeed has made
     if run.directory.resume_from is not None:
-        restore(run.directory, engine, runtime, run.log.say)
+        resume_engine(run.directory, engine, runtime, run.log.say)
         run.log.say(f"resumed from {run.directory.resume_from}")
     return engine
 

@@ -17,8 +17,8 @@ from dsmim.checkpoint.saving import Saver
 from dsmim.cluster.slurm import end_of_job
 from dsmim.data.loader import train_loader
 from dsmim.data.order import stream_key
+from dsmim.engine.limits import FaultLimits
 from dsmim.engine.runtime import joined
-from dsmim.engine.watch import Watch
 from dsmim.evaluate import to_device, validate
 from dsmim.health.host import merge
 from dsmim.health.interrupt import Interrupt
@@ -58,9 +58,9 @@ class _Training:
             self.engine, self.directory.checkpoints, self.recipe.checkpoint, self.plan.keep_every,
             self.directory.saved, self.runtime, self.log.say,
         )  # fmt: skip
-        self.watch = Watch(self.recipe, self.runtime, self.log.say, self.data.train.order.epoch_samples)
+        self.limits = FaultLimits(self.recipe, self.runtime, self.log.say, self.data.train.order.epoch_samples)
         if self.directory.resume_from is not None:
-            self.watch.restore(self.directory.state["watch"])
+            self.limits.load_state(self.directory.state["watch"])
         self.clock = Clock()
         self.validated: tuple[int, dict[str, float]] | None = None
 
@@ -116,15 +116,17 @@ class _Training:
             self.engine.backward(micro_loss)
             loss += micro_loss.detach().double() / (self.plan.accumulation * self.runtime.world_size)
         own_loss = float(loss)
-        faults = sum(self.watch.undecodable(micro_batch) for micro_batch in micro_batches)
+        faults = sum(self.limits.report_undecodable(micro_batch) for micro_batch in micro_batches)
         total_loss, faults = self.runtime.sum(torch.stack([loss, torch.full_like(loss, faults)])).tolist()
-        undecodable = self.watch.count(int(faults), self.recipe.batch.global_batch)
+        undecodable = self.limits.count_undecodable(int(faults), self.recipe.batch.global_batch)
         update = self.engine.step(step)
         self.clock.steps += 1
         result = Step(total_loss, own_loss, update, undecodable)
         if not result.finite:
             keep_for_replay(self.session, step, micro_batches, result, self.saver.saved)
-        self.watch.finite(step, total_loss, own_loss, update, [key for batch in micro_batches for key in batch["key"]])
+        self.limits.check_step(
+            step, total_loss, own_loss, update, [key for batch in micro_batches for key in batch["key"]]
+        )
         return result
 
     def _batches(self, steps: int) -> Iterator[Batch]:
@@ -165,7 +167,7 @@ class _Training:
         with self.runtime.all_or_none():
             self.log.sync()
         measured = self.validated[1] if self.validated and self.validated[0] == done else None
-        loop_state = {"watch": self.watch.state(), "validation": measured, "validation_due": validation_due}
+        loop_state = {"watch": self.limits.state(), "validation": measured, "validation_due": validation_due}
         self.saver.save(done, checkpoint_state(self.session, done) | loop_state)
 
     def _asked_to_stop(self) -> bool:

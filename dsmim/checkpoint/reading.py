@@ -1,11 +1,12 @@
-"""Finished checkpoints on disk: which are whole, what they hold.
+"""Reads finished checkpoints: which of them are whole, and what they hold.
 
     RUN/checkpoints/step_00012500/   DeepSpeed's shards, state.json (what else the next step depends on),
                                      manifest.json (every file's size and SHA-256, written last)
     RUN/checkpoints/latest           the newest one's name, as DeepSpeed's own tools read it
+    RUN/checkpoints/universal/       a converted checkpoint, see universal.py
 
-The state is small because nothing hides in it: the order of samples and the learning rate are functions of the step,
-and the model's random stream is re-seeded from (seed, step, rank) at every step. saving.py writes them.
+The state is small: the order of samples and the learning rate are functions of the step, and the model's random stream
+is seeded again from (seed, step, rank) at every step. saving.py writes checkpoints.
 """
 
 from __future__ import annotations
@@ -21,62 +22,65 @@ from dsmim.engine.runtime import Runtime
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-FORMAT = 1
+STATE_FORMAT = 1
+UNIVERSAL_FOLDER = "universal"
 _NAME = re.compile(r"step_(\d{8,})")
 
 
 def find_valid(folder: Path, runtime: Runtime) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose every file is as its manifest says, and why newer ones were passed over.
+    """Return the newest checkpoint whose files all match its manifest, and why newer ones were skipped.
 
-    Collective: ranks share the reading.
+    Collective: each rank checks its share of the files.
     """
     names = runtime.on_rank_zero(lambda: [path.name for path in candidates(folder)])
-    passed_over = []
+    skipped = []
     for name in names:
         faults = runtime.gather(check_files(folder / name, runtime.rank, runtime.world_size))
         fault = next((fault for fault in faults if fault), None)
         if fault is None:
-            return folder / name, passed_over
-        passed_over.append(f"checkpoint {name} passed over: {fault}")
-    return None, passed_over
+            return folder / name, skipped
+        skipped.append(f"checkpoint {name} skipped: {fault}")
+    return None, skipped
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises ValueError when it is none."""
+    """Return state.json of a checkpoint. Raises ValueError when the folder is no checkpoint or has another format."""
     try:
         state = json.loads((checkpoint / STATE).read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{checkpoint}: no checkpoint of dsmim ({error})") from None
-    if state.get("format") != FORMAT:
-        raise ValueError(f"{checkpoint}: written in format {state.get('format')}, this dsmim reads {FORMAT}")
+        raise ValueError(f"{checkpoint}: is not a checkpoint of dsmim ({error})") from None
+    if state.get("format") != STATE_FORMAT:
+        raise ValueError(f"{checkpoint}: written in format {state.get('format')}, this dsmim reads {STATE_FORMAT}")
     return state
 
 
 def candidates(folder: Path) -> list[Path]:
-    """Finished checkpoints, newest first."""
+    """Return the finished checkpoints in a folder, newest first. Their files are not checked."""
     found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
-    """Completed steps, as a checkpoint's name tells them."""
+    """Return the number of completed steps from a checkpoint's name."""
     return int(checkpoint.name.split("_")[1])
 
 
 def name_of(step: int) -> str:
+    """Return the name of the checkpoint after so many completed steps."""
     return f"step_{step:08d}"
 
 
 def set_aside(folder: Path, newer_than: int) -> None:
-    """Rename damaged checkpoints beyond the step that a run goes on from, so that they never count as newest again."""
+    """Rename checkpoints newer than a step to `….damaged`, so that none of them counts as the newest again."""
     for path in candidates(folder):
         if step_of(path) > newer_than:
-            shutil.rmtree(aside := path.with_name(path.name + ".damaged"), ignore_errors=True)
-            path.rename(aside)
+            damaged = path.with_name(path.name + ".damaged")
+            shutil.rmtree(damaged, ignore_errors=True)
+            path.rename(damaged)
 
 
 def locate(path: Path) -> Path:
-    """The checkpoint that a user's path means: itself, or the newest valid one of a run directory.
+    """Return the checkpoint that a user's path means: the path itself, or the newest valid one of a run directory.
 
     Raises ValueError when there is none.
     """
@@ -95,7 +99,7 @@ def locate(path: Path) -> Path:
 
 
 def check_files(checkpoint: Path, rank: int = 0, world_size: int = 1) -> str | None:
-    """What is wrong with a rank's share of the files (all of them by default); None when they are as recorded."""
+    """Return the first fault in a rank's share of the files (by default all files); None: they match the manifest."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())["files"]
         checks = ((checkpoint / name, files[name]) for name in sorted(files)[rank::world_size])

@@ -1,4 +1,4 @@
-"""The directory of one run: who holds it, which recipe it follows, where it can go on from."""
+"""The directory of one run: its lock, its recipe, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RunDirectory:
     resume_from: Path | None = None
     state: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    """What the user should read: checkpoints passed over, a forked recipe."""
+    """Messages for the user: skipped checkpoints, changes of a forked recipe."""
     lock: TextIO | None = None
 
     def __enter__(self) -> RunDirectory:
@@ -45,7 +45,7 @@ class RunDirectory:
 
     @property
     def consumed(self) -> int:
-        """Training samples consumed: the whole state of the data."""
+        """Training samples consumed. The order of samples needs no other state."""
         return self.state.get("samples_consumed", 0)
 
     @property
@@ -59,35 +59,47 @@ class RunDirectory:
         return self.state.get("validation_due", False)
 
     def same_shards(self, world_size: int, stage: int) -> bool:
-        """Whether so many ranks at this ZeRO stage can load the checkpoint as it is. At stage 0 nothing is cut up."""
+        """Whether so many ranks at this ZeRO stage can load the checkpoint as it is. At stage 0 every rank has all."""
         return self.state["zero_stage"] == stage and (stage == 0 or self.state["world_size"] == world_size)
 
     def open(self, recipe: Recipe, data: str, runtime: Runtime, fork: bool) -> None:
         """Lock the directory and find the checkpoint to resume from. Collective.
 
-        data: fingerprint of the training shards. Raises Stopped when another live run holds the directory, and, unless
-        fork, when the recipe or the data differ from those of the run.
+        data: fingerprint of the training shards; fork: accept another recipe or other data than the run was started
+        with. Raises Stopped when another live run holds the directory, when checkpoints exist but none is valid, and
+        without fork when the recipe or the data differ.
         """
         with runtime.all_or_none():
-            self.lock = _take(self.path) if runtime.is_rank_zero else None
+            self.lock = _lock_directory(self.path) if runtime.is_rank_zero else None
             self.resume_from, self.notes = reading.find_valid(self.checkpoints, runtime)
             if self.resume_from is not None:
                 self.state = runtime.on_rank_zero(lambda: reading.read_state(self.resume_from))
                 self._compare(recipe, data, fork)
             elif self.notes:
-                _none_left(self.path, self.notes)
+                raise _none_valid_error(self.path, self.notes)
             runtime.on_rank_zero(lambda: reading.set_aside(self.checkpoints, newer_than=self.step))
             runtime.on_rank_zero(lambda: (self.path / "recipe.yaml").write_text(recipe.to_yaml()))
 
     def _compare(self, recipe: Recipe, data: str, fork: bool) -> None:
         changes = changes_of(self.state, recipe, data)
         if changes and not fork:
-            _refuse(self.path, changes)
+            raise _changed_error(self.path, changes)
         self.notes += [f"forked: {change}" for change in changes]
 
 
-def _take(path: Path) -> TextIO:
-    """Hold RUN/lock until this process ends, however it ends: the kernel frees it."""
+def changes_of(state: dict[str, Any], recipe: Recipe, data: str) -> list[str]:
+    """Return the differences between a checkpoint's run and another recipe and data, one line each.
+
+    state: of the checkpoint; data: fingerprint of the training shards.
+    """
+    changes = differences(Recipe.model_validate(state["recipe"]), recipe)
+    if state["data_fingerprint"] != data:
+        changes.append("data.train: the shards are not those the run was started with")
+    return changes
+
+
+def _lock_directory(path: Path) -> TextIO:
+    """Lock RUN/lock until this process ends. The kernel then frees it, also after a kill."""
     path.mkdir(parents=True, exist_ok=True)
     lock = (path / "lock").open("a+")
     try:
@@ -97,10 +109,10 @@ def _take(path: Path) -> TextIO:
         raise ValueError(f"{path}: another live run holds this directory ({lock.read().strip()})") from None
     except OSError as error:
         raise ValueError(
-            f"{path / 'lock'}: this file system refuses locks ({error.strerror}); mount it with them (Lustre: "
+            f"{path / 'lock'}: this file system supports no locks ({error.strerror}); mount it with locks (Lustre: "
             "-o flock) or put the run directory elsewhere"
         ) from None
-    os.register_at_fork(after_in_child=lock.close)  # or data workers would hold on to it when this process is killed
+    os.register_at_fork(after_in_child=lock.close)  # else data workers would keep the lock after this process is killed
     lock.truncate(0)
     job = os.environ.get("SLURM_JOB_ID")
     lock.write(f"process {os.getpid()} on {socket.gethostname()}" + (f", Slurm job {job}" if job else ""))
@@ -108,22 +120,14 @@ def _take(path: Path) -> TextIO:
     return lock
 
 
-def changes_of(state: dict[str, Any], recipe: Recipe, data: str) -> list[str]:
-    """What makes another run of that of a checkpoint's state; data: the shards' fingerprint, as in open_run."""
-    changes = differences(Recipe.model_validate(state["recipe"]), recipe)
-    if state["data_fingerprint"] != data:
-        changes.append("data.train: the shards are not those the run was started with")
-    return changes
-
-
-def _refuse(path: Path, changes: list[str]) -> None:
+def _changed_error(path: Path, changes: list[str]) -> ValueError:
     listed = "".join(f"\n  {change}" for change in changes)
-    raise ValueError(
+    return ValueError(
         f"{path}: the run was started with another recipe:{listed}\n"
-        "Use another --run-dir, restore the recipe, or go on with the new one by --fork"
+        "Use another --run-dir, restore the recipe, or continue with the new one by --fork"
     )
 
 
-def _none_left(path: Path, faults: list[str]) -> None:
+def _none_valid_error(path: Path, faults: list[str]) -> ValueError:
     listed = "".join(f"\n  {fault}" for fault in faults)
-    raise ValueError(f"{path}: no checkpoint is valid:{listed}\nRestore the files, or remove {path} to start anew")
+    return ValueError(f"{path}: no checkpoint is valid:{listed}\nRestore the files, or remove {path} to start again")

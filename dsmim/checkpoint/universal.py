@@ -1,12 +1,12 @@
-"""A checkpoint as DeepSpeed's universal one: whole parameters, whatever number of ranks and ZeRO stage wrote it.
+"""Converts a checkpoint to DeepSpeed's universal layout: whole parameters, from any number of ranks and any ZeRO stage.
 
     OUT/zero/NAME/{fp32,exp_avg,exp_avg_sq,ema}.pt, step.pt   one trained parameter: {"param": tensor, "cat_dim": 0}
     OUT/zero/optimizer_state.pt                               the optimizer's groups
     OUT/mp_rank_00_model_states.pt                            buffers, frozen parameters, DeepSpeed's counters
-    OUT/manifest.json                                         the checkpoint it was made of, shapes, checksums, digests
+    OUT/manifest.json                                         the source checkpoint, shapes, checksums, digests
 
-It is made from a checkpoint that stays, so nothing here is fsynced: what a crash leaves behind is found damaged by its
-digests and made again. scatter.py brings it into an engine.
+The source checkpoint is kept, so nothing here is fsynced: if a crash damages files, their digests show it and the
+conversion is made again. universal_loading.py loads the result into an engine.
 """
 
 from __future__ import annotations
@@ -23,112 +23,116 @@ from tqdm import tqdm
 
 from dsmim.checkpoint.reading import MANIFEST, check_files
 from dsmim.checkpoint.saving import fresh_folder
-from dsmim.checkpoint.zero_shards import Shards
-from dsmim.engine.digest import Entry, Hashed, sha256
+from dsmim.checkpoint.zero_shards import ZeroShards, load_file
+from dsmim.engine.digest import FileEntry, HashingFile, sha256
 from dsmim.engine.runtime import Runtime
 
-FORMAT = 1
-MODEL = "mp_rank_00_model_states.pt"
+UNIVERSAL_FORMAT = 1
+MODEL_FILE = "mp_rank_00_model_states.pt"
 _BAR_EVERY = 10
-"""Seconds between two states of the progress bar, which in a batch job's log are lines."""
+"""Seconds between two updates of the progress bar: each is a line in a batch job's log."""
 
-Files = dict[str, Entry]
-"""By name in the folder."""
+Entries = dict[str, FileEntry]
+"""Size and digest of files, by name in the folder."""
 
 
 def convert(checkpoint: Path, out: Path, runtime: Runtime, say: Callable[[str], None]) -> None:
-    """Make `out` from a finished checkpoint, unless an earlier start has: ranks share the parameters. Collective.
+    """Convert a finished checkpoint to `out`, unless an earlier start has done so. Collective: each rank converts its
+    share of the parameters.
 
-    say: where rank 0 reports. Raises Stopped when the checkpoint cannot be read or a disk refuses.
+    say: where rank 0 reports. Raises Stopped when the checkpoint cannot be read or `out` cannot be written.
     """
     source = runtime.on_rank_zero(lambda: _identity(checkpoint))
-    if _is_made(out, source, runtime, say):
+    if _is_converted(out, source, runtime, say):
         return
     partial = out.with_name(f".partial_{out.name}")
     runtime.on_rank_zero(lambda: fresh_folder(partial))
     with runtime.all_or_none():
-        shards = Shards(checkpoint)
-    say(f"{checkpoint.name} of {shards.world_size} ranks at ZeRO stage {shards.stage} becomes {out}")
+        shards = ZeroShards(checkpoint)
+    say(f"converting {checkpoint.name} of {shards.world_size} ranks at ZeRO stage {shards.stage} to {out}")
     try:
         with runtime.all_or_none():
             shares = runtime.gather(_write_share(shards, partial, runtime))
-            runtime.on_rank_zero(lambda: _publish(shards, source, shares, partial, out))
+            runtime.on_rank_zero(lambda: _publish_folder(shards, source, shares, partial, out))
     except ValueError as error:
-        runtime.on_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))  # make room
-        raise type(error)(f"{checkpoint} could not be converted; it stands as it was. {error}") from None
+        runtime.on_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))  # free the disk space
+        raise type(error)(f"{checkpoint} could not be converted; it is unchanged. {error}") from None
 
 
 def read_manifest(universal: Path) -> dict[str, Any]:
-    """manifest.json of a universal checkpoint. Raises ValueError when it is none.
+    """Return manifest.json of a universal checkpoint. Raises ValueError when the folder is no such checkpoint.
 
-    source: what it was made of; parameters: name → shape, step (None: never stepped), checksums by key; frozen and
-    buffers: name → shape; counters: DeepSpeed's; files.
+    source: digest that names the converted checkpoint; parameters: name → shape, step (None: never stepped), checksums
+    by key; frozen and buffers: name → shape; counters: DeepSpeed's; files: name → size and digest.
     """
     try:
         manifest = json.loads((universal / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{universal}: no universal checkpoint of dsmim ({error})") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or "parameters" not in manifest:
-        raise ValueError(f"{universal}: no universal checkpoint of the format that this dsmim reads ({FORMAT})")
+        raise ValueError(f"{universal}: is not a universal checkpoint of dsmim ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != UNIVERSAL_FORMAT or "parameters" not in manifest:
+        raise ValueError(f"{universal}: is not a universal checkpoint of format {UNIVERSAL_FORMAT}, which dsmim reads")
     return manifest
 
 
 def read_parameter(universal: Path, name: str, key: str) -> torch.Tensor:
-    """One tensor of a trained parameter, mapped into memory. Raises ValueError when it cannot be read."""
-    return _read(universal / "zero" / name / f"{key}.pt")["param"]
+    """Return one tensor of a trained parameter, mapped into memory. Raises ValueError when it cannot be read."""
+    return load_file(universal / "zero" / name / f"{key}.pt")["param"]
 
 
 def read_module(universal: Path) -> dict[str, torch.Tensor]:
-    """Buffers and frozen parameters by name. Raises ValueError when they cannot be read."""
-    return _read(universal / MODEL)["module"]
+    """Return buffers and frozen parameters by name. Raises ValueError when they cannot be read."""
+    return load_file(universal / MODEL_FILE)["module"]
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """The sum of a 4-byte tensor's words as integers: exact, the same bits for the same bits, and of a whole what it is
-    of its parts together."""
+    """Return the sum of a tensor's 4-byte words, read as integers.
+
+    It is exact, depends on the bits alone, and the checksum of a whole is the sum of the checksums of its parts.
+    """
     return int(tensor.detach().flatten().view(torch.int32).sum(dtype=torch.int64))
 
 
 def _identity(checkpoint: Path) -> str:
-    """A checkpoint's manifest holds the digests of all its files: its own digest names the checkpoint."""
+    """Return the manifest's digest. It identifies the checkpoint: the manifest holds the digests of all files."""
     try:
         return sha256(checkpoint / MANIFEST)
     except OSError as error:
         raise ValueError(f"{checkpoint / MANIFEST}: cannot be read ({error.strerror})") from None
 
 
-def _is_made(out: Path, source: str, runtime: Runtime, say: Callable[[str], None]) -> bool:
-    """Whether `out` is of this very checkpoint and every file is as it was written. Collective."""
-    if not runtime.on_rank_zero(lambda: _made_of(out) == source):
+def _is_converted(out: Path, source: str, runtime: Runtime, say: Callable[[str], None]) -> bool:
+    """Say whether `out` was converted from this very checkpoint and every file is as it was written. Collective."""
+    if not runtime.on_rank_zero(lambda: _source_of(out) == source):
         return False
     faults = [fault for fault in runtime.gather(check_files(out, runtime.rank, runtime.world_size)) if fault]
     if faults:
-        say(f"{out} is made anew: {faults[0]}")
+        say(f"{out} is converted again: {faults[0]}")
     return not faults
 
 
-def _made_of(out: Path) -> str | None:
+def _source_of(out: Path) -> str | None:
     try:
         return read_manifest(out)["source"]
     except (ValueError, KeyError):
         return None
 
 
-def _write_share(shards: Shards, partial: Path, runtime: Runtime) -> tuple[dict[str, Any], Files]:
-    """This rank's parameters, and on rank 0 what there is once: what the manifest says of them, and of the files."""
-    files = _Files(partial)
-    mine = shards.names[runtime.rank :: runtime.world_size]
-    shown = {"unit": "parameter", "mininterval": _BAR_EVERY, "file": sys.stderr, "disable": not runtime.is_rank_zero}
+def _write_share(shards: ZeroShards, partial: Path, runtime: Runtime) -> tuple[dict[str, Any], Entries]:
+    """Write this rank's parameters, and on rank 0 the files that exist once. Return the manifest's entries of these
+    parameters and files."""
+    files = _FileWriter(partial)
+    own = shards.names[runtime.rank :: runtime.world_size]
+    bar = {"unit": "parameter", "mininterval": _BAR_EVERY, "file": sys.stderr, "disable": not runtime.is_rank_zero}
     steps = shards.steps
     parameters = {
-        name: _write_parameter(shards, name, steps.get(name), files) for name in tqdm(mine, "converting", **shown)
+        name: _write_parameter(shards, name, steps.get(name), files) for name in tqdm(own, "converting", **bar)
     }
     if runtime.is_rank_zero:
         _write_common(shards, steps, files)
     return parameters, files.written
 
 
-def _write_parameter(shards: Shards, name: str, step: float | None, files: _Files) -> dict[str, Any]:
+def _write_parameter(shards: ZeroShards, name: str, step: float | None, files: _FileWriter) -> dict[str, Any]:
     checksums = {}
     for key in shards.keys:
         tensor = shards.tensor(name, key)
@@ -139,41 +143,44 @@ def _write_parameter(shards: Shards, name: str, step: float | None, files: _File
     return {"shape": list(shards.shapes[name]), "step": step, "checksums": checksums}
 
 
-def _write_common(shards: Shards, steps: dict[str, float], files: _Files) -> None:
-    """What DeepSpeed's own loaders look for: stage 3's takes everybody's step, and one group's settings for all, from
-    the nested state."""
-    first = {
+def _write_common(shards: ZeroShards, steps: dict[str, float], files: _FileWriter) -> None:
+    """Write what DeepSpeed's own loaders expect. The one of stage 3 takes the step of all parameters, and the settings
+    of all groups, from the nested state."""
+    nested = {
         "state": {0: {"step": torch.tensor(max(steps.values(), default=0.0))}},
         "param_groups": shards.param_groups,
     }
     common = {"ds_version": shards.header["ds_version"], "param_groups": shards.param_groups}
-    files.write("zero/optimizer_state.pt", common | {"optimizer_state_dict": first})
+    files.write("zero/optimizer_state.pt", common | {"optimizer_state_dict": nested})
     module = shards.buffers | {name: shards.tensor(name) for name in shards.frozen}
-    files.write(MODEL, shards.header | {"module": module})
+    files.write(MODEL_FILE, shards.header | {"module": module})
 
 
-class _Files:
-    """Writes files into a folder and keeps their digests. Raises ValueError when the disk refuses."""
+class _FileWriter:
+    """Writes files into a folder and records their digests. Raises ValueError for a file that cannot be written."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.written: Files = {}
+        self.written: Entries = {}
 
     def write(self, name: str, value: Any) -> None:
         path = self.folder / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file:
-                torch.save(value, hashed := Hashed(file))
-                self.written[name] = hashed.end(sync=False)
+                torch.save(value, hashed := HashingFile(file))
+                self.written[name] = hashed.finish(sync=False)
         except OSError as error:
             raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def _publish(shards: Shards, source: str, shares: list[tuple[dict[str, Any], Files]], partial: Path, out: Path) -> None:
+def _publish_folder(
+    shards: ZeroShards, source: str, shares: list[tuple[dict[str, Any], Entries]], partial: Path, out: Path
+) -> None:
+    """Write the manifest and give the folder its final name."""
     counters = ("global_steps", "global_samples", "skipped_steps")
     manifest = {
-        "format": FORMAT,
+        "format": UNIVERSAL_FORMAT,
         "source": source,
         "counters": {key: shards.header[key] for key in counters},
         "parameters": {name: entry for parameters, _ in shares for name, entry in parameters.items()},
@@ -185,10 +192,3 @@ def _publish(shards: Shards, source: str, shares: list[tuple[dict[str, Any], Fil
     if out.exists():
         shutil.rmtree(out)
     partial.rename(out)
-
-
-def _read(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None

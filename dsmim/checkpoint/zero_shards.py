@@ -6,8 +6,8 @@
     stage 3     zero_pp_rank_R_mp_rank_00_model_states.pt   buffers, rank R's part of frozen parameters
                 zero_pp_rank_R_mp_rank_00_optim_states.pt   rank R's piece of every parameter, flat by sub-group
 
-Files are mapped into memory, not read: what is never asked for never leaves the disk. They are unpickled by torch's
-restricted loader, so that a file can name no code but torch's own and `_classes`.
+Files are mapped into memory: only tensors that are asked for are read from the disk. torch's restricted loader
+unpickles them, so a file can name no classes except torch's own and `_allowed_classes`.
 """
 
 from __future__ import annotations
@@ -20,64 +20,77 @@ from typing import Any
 
 import torch
 
-from dsmim.checkpoint.zero_layouts import ORDER, Layout, Piece, numbered, partitions, sub_groups, torch_state
+from dsmim.checkpoint.saved_layout import (
+    PARAMETER_ORDER,
+    SavedLayout,
+    SavedPiece,
+    stage_0_layout,
+    stage_1_2_layout,
+    stage_3_layout,
+    torch_optimizer_state,
+)
 
 _ORDER_UNKNOWN = (
-    f"state.json does not say whose moments are whose ({ORDER}: it is of an older dsmim); go on at ZeRO stage 0, which "
-    "any number of ranks can, and save once"
+    f"state.json does not say which moments belong to which parameter (it has no {PARAMETER_ORDER}: an older dsmim "
+    "wrote it); resume at ZeRO stage 0, with any number of ranks, and save once"
 )
 
 
-class Shards:
-    """One checkpoint folder.
+class ZeroShards:
+    """The DeepSpeed files of one checkpoint.
 
-    Raises ValueError, then and when tensors are asked for, for files that are missing or cannot be read.
+    Raises ValueError, when it is created and when tensors are read, for files that are missing or cannot be read.
     """
 
     def __init__(self, checkpoint: Path):
         self.checkpoint = checkpoint
         optimizers = _by_rank(checkpoint, "optim_states")
-        self._optimizers = [_load(path)["optimizer_state_dict"] for path in optimizers]
+        self._optimizers = [load_file(path)["optimizer_state_dict"] for path in optimizers]
         self.stage = int(self._optimizers[0]["zero_stage"]) if optimizers else 0
         self._model_files = [checkpoint / "mp_rank_00_model_states.pt"]
         if self.stage == 3:
             self._model_files = _by_rank(checkpoint, "model_states")
         self._check_complete()
-        self._model = _load(self._model_files[0])
+        self._model = load_file(self._model_files[0])
         self.world_size: int = self._model["dp_world_size"]
-        self._order = _order(checkpoint) if self.stage == 0 else None
+        self._order = _read_order(checkpoint) if self.stage == 0 else None
         self._layout = self._read_layout()
         self.names = list(self._layout.shapes)
-        """Parameters that are trained."""
+        """Names of the trained parameters."""
         self.shared: dict[str, str] = dict(self._model["shared_params"] or {}) or self._same_storage()
-        """Other names of parameters: name → its name in `names`."""
+        """Second names of shared parameters: name → its name in `names`."""
         self.frozen = self._frozen_names()
-        """Parameters that are not trained."""
+        """Names of the parameters that are not trained."""
         self.shapes = self._layout.shapes | {name: self._frozen_shape(name) for name in self.frozen}
-        """Of trained and frozen parameters."""
+        """Whole shapes of trained and frozen parameters."""
 
     @property
     def keys(self) -> list[str]:
-        """What there is of a trained parameter: fp32, the weight, and what the optimizer holds of it once it has
-        stepped: exp_avg, exp_avg_sq, ema. DeepSpeed steps all or none, those without a gradient by a gradient of 0."""
-        self._check_order()
-        held = [state for groups in self._layout.states for state in groups if state][:1]
-        return ["fp32", *(key for state in held for key in state if key != "step")]
+        """What can be read of every trained parameter: fp32, the weight, and its state once the optimizer has stepped:
+        exp_avg, exp_avg_sq, ema.
+
+        One state stands for all: DeepSpeed steps all parameters or none, those without a gradient with zeros.
+        """
+        self._check_order_known()
+        state = next((state for groups in self._layout.states for state in groups if state), {})
+        return ["fp32", *(key for key in state if key != "step")]
 
     def tensor(self, name: str, key: str = "fp32") -> torch.Tensor:
-        """One parameter's whole fp32 tensor, in memory of its own; of a frozen one, which is all there is, the weight.
-        Raises KeyError where there is none."""
+        """Return a copy of one parameter's whole fp32 tensor. A frozen parameter has its weight only, whatever the key.
+
+        Raises KeyError for an unknown name or key.
+        """
         if name in self.frozen:
             return self._frozen_tensor(name)
-        flats = [
+        pieces = [
             self._flat(piece, key).detach().narrow(0, piece.start, piece.numel) for piece in self._layout.pieces[name]
         ]
-        return torch.cat(flats).float().view(self.shapes[name])
+        return torch.cat(pieces).float().view(self.shapes[name])
 
     @property
     def steps(self) -> dict[str, float]:
-        """How often the optimizer has stepped each parameter; without those that it never has."""
-        self._check_order()
+        """How often the optimizer has stepped each parameter; one that it never stepped is left out."""
+        self._check_order_known()
         found = {}
         for name, (first, *_) in self._layout.pieces.items():
             step = self._layout.states[first.rank][first.group].get("step")
@@ -87,40 +100,40 @@ class Shards:
 
     @property
     def buffers(self) -> dict[str, torch.Tensor]:
-        """The module's saved buffers."""
+        """Copies of the module's saved buffers."""
         return {name: self._model["module"][name].clone() for name in self._model["buffer_names"]}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups, without their parameters."""
-        saved = self._model["optimizer"] if self.stage == 0 else torch_state(self._optimizers[0])
+        saved = self._model["optimizer"] if self.stage == 0 else torch_optimizer_state(self._optimizers[0])
         return [{key: value for key, value in group.items() if key != "params"} for group in saved["param_groups"]]
 
     @property
     def header(self) -> dict[str, Any]:
-        """What DeepSpeed's engine keeps beside tensors: counters, versions, its configuration."""
+        """What DeepSpeed's engine saves besides tensors: counters, versions, its configuration."""
         tensors = ("module", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments")
         return {key: value for key, value in self._model.items() if key not in tensors}
 
-    def _read_layout(self) -> Layout:
+    def _read_layout(self) -> SavedLayout:
         if self.stage == 3:
-            return sub_groups(self._model["param_shapes"], self._optimizers)
+            return stage_3_layout(self._model["param_shapes"], self._optimizers)
         if self.stage:
-            return partitions(self._model["param_shapes"], self._optimizers)
-        return numbered(self._model, self._order, self.checkpoint)
+            return stage_1_2_layout(self._model["param_shapes"], self._optimizers)
+        return stage_0_layout(self._model, self._order, self.checkpoint)
 
-    def _flat(self, piece: Piece, key: str) -> torch.Tensor:
+    def _flat(self, piece: SavedPiece, key: str) -> torch.Tensor:
         if key == "fp32":
             return self._layout.masters[piece.rank][piece.group]
-        self._check_order()
+        self._check_order_known()
         return self._layout.states[piece.rank][piece.group][key]
 
-    def _check_order(self) -> None:
+    def _check_order_known(self) -> None:
         if self.stage == 0 and self._order is None and self._model["optimizer"]["state"]:
             raise ValueError(f"{self.checkpoint}: {_ORDER_UNKNOWN}")
 
     def _check_complete(self) -> None:
-        """That every rank's files are there. Those of dsmim are found missing by their digests, long before."""
+        """Check that every rank's files are there. In a run's own checkpoint the manifest has shown this before."""
         counts = [saved["partition_count"] for saved in self._optimizers[:1]]
         wanted = max([1, *(counts[0] if counts and isinstance(counts[0], list) else counts)])
         found = [len(self._optimizers) or 1, len(self._model_files) if self.stage == 3 else wanted]
@@ -131,7 +144,7 @@ class Shards:
             )
 
     def _same_storage(self) -> dict[str, str]:
-        """At stage 0 DeepSpeed does not tell shared parameters: they are stored once."""
+        """Find shared parameters at stage 0, where DeepSpeed does not record them, by their common storage."""
         if self.stage:
             return {}
         module, buffers = self._model["module"], set(self._model["buffer_names"])
@@ -153,36 +166,49 @@ class Shards:
         if self.stage < 3:
             return self._model["module"][name].float().clone()
         shape = self.shapes[name]
-        models = [self._model, *map(_load, self._model_files[1:])]
+        models = [self._model, *map(load_file, self._model_files[1:])]
         pieces = torch.cat([model["frozen_param_fragments"][name].flatten() for model in models])
         return pieces[: shape.numel()].float().view(shape)
 
 
-def weights(checkpoint: Path, which: str = "fp32") -> dict[str, torch.Tensor]:
-    """Weights and buffers by name, as a model's state_dict has them, floating ones in fp32; which: "fp32", or "ema" for
-    the moving average. Needs host memory for the whole model.
+def read_weights(checkpoint: Path, which: str = "fp32") -> dict[str, torch.Tensor]:
+    """Return weights and buffers by name, as in a model's state_dict, floating-point ones in fp32.
 
+    which: "fp32", or "ema" for the moving average. Needs host memory for the whole model.
     Raises ValueError when the checkpoint cannot be read or has no such weights.
     """
-    shards = Shards(checkpoint)
+    shards = ZeroShards(checkpoint)
     if which != "fp32" and which not in shards.keys:
-        raise ValueError(f"{checkpoint}: holds no moving average; it was saved by a run without optim.ema_decay")
+        raise ValueError(f"{checkpoint}: holds no moving average; a run without optim.ema_decay saved it")
     found = {name: value.float() if value.is_floating_point() else value for name, value in shards.buffers.items()}
     for name in [*shards.frozen, *shards.names]:
         found[name] = shards.tensor(name, which)
     return found | {name: found[owner] for name, owner in shards.shared.items() if owner in found}
 
 
-def _order(checkpoint: Path) -> list[str] | None:
+def load_file(path: Path) -> dict[str, Any]:
+    """Return the content of one of DeepSpeed's files, its tensors mapped into memory.
+
+    Raises ValueError when the file is missing, damaged, or names a class that is not allowed.
+    """
     try:
-        groups = json.loads((checkpoint / "state.json").read_text()).get(ORDER)
+        with torch.serialization.safe_globals(_allowed_classes() if path.name.endswith("optim_states.pt") else []):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ValueError(f"{path}: cannot be read as DeepSpeed's file ({reason})") from None
+
+
+def _read_order(checkpoint: Path) -> list[str] | None:
+    try:
+        groups = json.loads((checkpoint / "state.json").read_text()).get(PARAMETER_ORDER)
     except (OSError, ValueError, AttributeError):
         return None
     return None if groups is None else [name for group in groups for name in group]
 
 
 def _by_rank(checkpoint: Path, kind: str) -> list[Path]:
-    """The files of one kind, rank by rank."""
+    """Return the files of one kind in the order of ranks."""
     if not checkpoint.is_dir():
         raise ValueError(f"{checkpoint}: no such checkpoint")
     pattern = re.compile(rf"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_{kind}\.pt")
@@ -191,18 +217,9 @@ def _by_rank(checkpoint: Path, kind: str) -> list[Path]:
     return [found[rank] for rank in sorted(found)]
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        with torch.serialization.safe_globals(_classes() if path.name.endswith("optim_states.pt") else []):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise ValueError(f"{path}: cannot be read as DeepSpeed's file ({reason})") from None
-
-
-def _classes() -> list[type]:
-    """DeepSpeed's own in optimizer files: its loss scaler (fixed at 1: precision is never fp16), the stage as an enum,
-    and the addresses of parameters at stages 1 and 2. All plain holders of numbers."""
+def _allowed_classes() -> list[type]:
+    """Return DeepSpeed's classes in optimizer files: the loss scaler (fixed at 1: precision is never fp16), the stage
+    as an enum, and at stages 1 and 2 the addresses of parameters. They only hold numbers."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

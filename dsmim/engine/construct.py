@@ -1,7 +1,7 @@
-"""From a model without weights to one whose weights lie where they will be trained.
+"""Fills a model's parameters in host memory and moves them to where they are trained.
 
-What is in memory at once, beside what training needs anyway, is one module's parameters: neither a node's memory nor a
-GPU's must hold a copy of the model per rank. Rank 0's values are everybody's.
+Besides what training needs anyway, only one module's parameters are in memory at a time: neither a node's memory nor a
+GPU's must hold a copy of the model per rank. All ranks get rank 0's values.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from dsmim.engine.runtime import Runtime
 
 
 def construct(model: nn.Module, parts: Iterable[nn.Module], config: dict[str, Any], stage: int, runtime: Runtime):
-    """Take the modules of the model as `parts` gives them, each with its parameters just filled in host memory, and
-    send these to the device, at ZeRO stage 3 as shards; then the buffers, which DeepSpeed would leave there."""
+    """Move the parameters of each module of `parts` to the device, at ZeRO stage 3 as shards; then all buffers.
+
+    parts: yields the model's modules, each with its parameters just filled in host memory (see Task.fill); config: the
+    complete DeepSpeed configuration, used at stage 3. DeepSpeed would leave buffers in host memory.
+    """
     if stage == 3:
         import deepspeed
 
-        deepspeed.zero.Init(module=_Parts(parts), config_dict_or_path=config)
+        deepspeed.zero.Init(module=_OneByOne(parts), config_dict_or_path=config)
     else:
         for module in parts:
             for parameter in module.parameters(recurse=False):
@@ -32,34 +35,48 @@ def construct(model: nn.Module, parts: Iterable[nn.Module], config: dict[str, An
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
-    """Every buffer, saved or not, to the device."""
+    """Move every buffer, saved or not, to the device."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
 
 
 def share_buffers(model: nn.Module, runtime: Runtime) -> None:
-    """Rank 0's saved buffers to all ranks. Raises ValueError for running statistics that ranks would not share."""
+    """Give rank 0's saved buffers to all ranks. Collective.
+
+    Raises ValueError for running statistics: ranks would update them from different samples.
+    """
     if runtime.world_size > 1:
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm) and module.track_running_stats:
                 raise ValueError(
                     f"model.name: {name} keeps running statistics (BatchNorm), which would differ from rank to rank; "
-                    "take a network with LayerNorm, or train by one rank"
+                    "take a network with LayerNorm, or train with one rank"
                 )
     for buffer in saved_buffers(model).values():
         dist.broadcast(buffer, src=0)
 
 
 def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers that a state_dict holds, by name, in the order of names."""
+    """Return the buffers that a state_dict holds, in the order of their names."""
     names = model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
     return {name: model.get_buffer(name) for name in sorted(names)}
 
 
-class _Parts(nn.Module):
-    """What `zero.Init` is given to cut up: it asks for parameters, broadcasts rank 0's and keeps its shard, one by one,
-    so that the next come into being when these have gone."""
+def autocast_modules(model: nn.Module) -> list[str]:
+    """Return the classes of the modules whose weights DeepSpeed may send as bfloat16.
+
+    These are the modules that multiply in bfloat16 under autocast, without those marked `keep_fp32`. DeepSpeed compares
+    classes exactly, so subclasses must be named too.
+    """
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    found = {type(m) for m in model.modules() if isinstance(m, kinds) and not getattr(m, "keep_fp32", False)}
+    return sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in found)
+
+
+class _OneByOne(nn.Module):
+    """Gives `zero.Init` the parameters of one module at a time. It broadcasts rank 0's values, keeps this rank's shard
+    and frees the rest before the next module is filled."""
 
     def __init__(self, parts: Iterable[nn.Module]):
         super().__init__()
@@ -68,11 +85,3 @@ class _Parts(nn.Module):
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         for module in self.parts:
             yield from module.parameters(recurse=False)
-
-
-def autocast_modules(model: nn.Module) -> list[str]:
-    """Classes of the modules whose weights DeepSpeed may send as bfloat16: those that multiply in it under autocast,
-    but for fp32 islands (`keep_fp32`). DeepSpeed compares classes exactly, so that subclasses must be named."""
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    found = {type(m) for m in model.modules() if isinstance(m, kinds) and not getattr(m, "keep_fp32", False)}
-    return sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in found)

@@ -1,4 +1,4 @@
-"""Size and SHA-256 of files: what manifests hold."""
+"""Size and SHA-256 of files, as manifests hold them."""
 
 from __future__ import annotations
 
@@ -7,37 +7,38 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-Entry = dict[str, Any]
-"""Of one file: bytes, sha256."""
+FileEntry = dict[str, Any]
+"""What a manifest says of one file: bytes, sha256."""
 
 
-class Hashed:
-    """A file that digests what goes through it. What was meant to be written is digested, not what can be read back.
+class HashingFile:
+    """A file that computes the digest of what is written to it. It digests what should be written, not what can be read
+    back.
 
-    A refusal is kept for `end`: raised within torch's writer it would come out as a complaint about positions.
+    An OSError is kept until `finish`: raised inside torch's writer, it would become an error about file positions.
     """
 
     def __init__(self, file: BinaryIO):
         self.file, self.digest, self.bytes = file, hashlib.sha256(), 0
-        self.problem: OSError | None = None
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        if self.problem is None:
+        if self.error is None:
             try:
                 self.file.write(data)
                 self.digest.update(data)
                 self.bytes += len(data)
             except OSError as error:
-                self.problem = error
+                self.error = error
         return len(data)
 
     def flush(self) -> None:
         pass
 
-    def end(self, sync: bool = True) -> Entry:
-        """Bring the file to the system, with sync to disk. Raises OSError when it does not go there."""
-        if self.problem is not None:
-            raise self.problem
+    def finish(self, sync: bool = True) -> FileEntry:
+        """Flush the file, with `sync` to disk, and return its entry. Raises the OSError of a write that failed."""
+        if self.error is not None:
+            raise self.error
         self.file.flush()
         if sync:
             os.fsync(self.file.fileno())
@@ -45,11 +46,11 @@ class Hashed:
 
 
 def sha256(path: Path) -> str:
-    """The digest of a file, in hexadecimal."""
+    """Return the digest of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def entry_of(path: Path) -> Entry:
-    """What a manifest says of a file that is there."""
+def file_entry(path: Path) -> FileEntry:
+    """Return the manifest's entry of an existing file."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -1,8 +1,8 @@
-"""The DeepSpeed JSON: read, checked against the recipe, completed.
+"""Reads the DeepSpeed JSON, checks it against the recipe and completes it.
 
-One owner per setting: the recipe owns what is learned (batch, clipping, precision, optimizer, schedule), the JSON how
-memory and communication are spent. A recipe-owned key may be "auto" or absent in the JSON, as in Hugging Face's
-integration; a value that contradicts the recipe is an error naming both.
+Each setting has one owner. The recipe owns what is learned: batch, clipping, precision, optimizer, schedule. The JSON
+owns how memory and communication are used. A key that the recipe owns may be "auto" or absent in the JSON, as in
+Hugging Face's integration. A value that contradicts the recipe is an error that names both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from dsmim.recipe import Recipe
 
-# DeepSpeed 0.19 ignores unknown top-level keys silently; these are the ones it reads (runtime/config.py).
+# DeepSpeed 0.19 silently ignores unknown top-level keys. It reads these (runtime/config.py).
 _KNOWN = """
 train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation
 gradient_clipping gradient_predivide_factor gradient_allreduce_op prescale_gradients optimizer scheduler bf16 fp16
@@ -28,28 +28,28 @@ KNOWN = _KNOWN.split()
 REFUSED = {
     "optimizer": "the recipe's optim section builds the optimizer",
     "scheduler": "the recipe's schedule section sets the learning rate",
-    "bf16": "precision is the recipe's (engine.precision), through torch_autocast: DeepSpeed's bf16 mode casts "
-    "modules whose fp32 buffers Swin V2 needs",
-    "fp16": "precision is the recipe's (engine.precision); fp16 is not supported",
-    "managed_gradient_accumulation": "dsmim relies on DeepSpeed's own accumulation",
-    "data_types": "precision is the recipe's (engine.precision)",
+    "bf16": "the recipe sets the precision (engine.precision), through torch_autocast: DeepSpeed's bf16 mode casts "
+    "buffers that Swin V2 needs in fp32",
+    "fp16": "the recipe sets the precision (engine.precision); fp16 is not supported",
+    "managed_gradient_accumulation": "dsmim needs DeepSpeed's own accumulation of gradients",
+    "data_types": "the recipe sets the precision (engine.precision)",
 }
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Name → file of every DeepSpeed JSON that comes with dsmim."""
+    """Return name → file of every DeepSpeed JSON that comes with dsmim."""
     folder = Path(str(resources.files("dsmim"))) / "ds_configs"
     return {path.stem: path for path in sorted(folder.glob("*.json"))}
 
 
 def load_ds_config(source: str, owned: dict[str, Any]) -> dict[str, Any]:
-    """The complete configuration: the file's keys, and `owned`, the recipe's values for its own keys.
+    """Return the complete configuration: the keys of the file and `owned`, the recipe's values for its own keys.
 
-    Raises ValueError listing every unknown key and every contradiction.
+    source: a shipped name or a path. Raises ValueError that lists every unknown key and every contradiction.
     """
     path = shipped_configs().get(source, Path(source))
     if not path.is_file():
-        raise ValueError(f"engine.deepspeed: no file {source!r}, and shipped are {', '.join(shipped_configs())}")
+        raise ValueError(f"engine.deepspeed: no file {source!r}; dsmim comes with {', '.join(shipped_configs())}")
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
@@ -68,8 +68,10 @@ def load_ds_config(source: str, owned: dict[str, Any]) -> dict[str, Any]:
 
 
 def owned_keys(recipe: Recipe, world_size: int, accumulation: int | None) -> dict[str, Any]:
-    """The recipe's values for its own keys of batch and clipping. accumulation: micro batches per rank and step; None:
-    not known."""
+    """Return the recipe's values for its own keys of batch and clipping.
+
+    accumulation: micro batches per rank and step; None: not known.
+    """
     size = recipe.batch.global_batch
     # gradient_clipping is always written: DeepSpeed's default is 1.0.
     owned: dict[str, Any] = {"train_batch_size": size, "gradient_clipping": recipe.optim.clip_grad or 0.0}
@@ -80,7 +82,7 @@ def owned_keys(recipe: Recipe, world_size: int, accumulation: int | None) -> dic
 
 
 def zero_stage(config: dict[str, Any]) -> int:
-    """The ZeRO stage of a complete configuration; DeepSpeed's default is 0."""
+    """Return the ZeRO stage of a complete configuration; DeepSpeed's default is 0."""
     return config.get("zero_optimization", {}).get("stage", 0)
 
 

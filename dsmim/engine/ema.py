@@ -1,7 +1,7 @@
-"""A moving average of the weights, in shards like the optimizer's moments.
+"""A moving average of the weights, cut up like the optimizer's moments.
 
-It lies in the optimizer's state, next to them: DeepSpeed then saves, restores and cuts it up as it does those, at every
-ZeRO stage.
+It is kept in the optimizer's state, beside them. So DeepSpeed saves, loads and cuts it up as it does the moments, at
+every ZeRO stage.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ KEY = "ema"
 
 
 def update(optimizer: torch.optim.Optimizer, decay: float) -> None:
-    """ema ← decay · ema + (1 - decay) · weights, on this rank's masters, after an applied step.
+    """Set ema ← decay · ema + (1 - decay) · weights, on this rank's masters. To be called after an applied step.
 
-    The first step's weights are where it starts, since an optimizer has no state before.
+    It starts with the weights after the first step: the optimizer has no state before.
     """
     for master, state in optimizer.state.items():
         if KEY in state:
@@ -24,6 +24,6 @@ def update(optimizer: torch.optim.Optimizer, decay: float) -> None:
 
 
 def drop(optimizer: torch.optim.Optimizer) -> None:
-    """Forget an average that a checkpoint brought and the recipe does not keep."""
+    """Remove the average from the optimizer's state."""
     for state in optimizer.state.values():
         state.pop(KEY, None)

@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step: nothing to save, nothing to restore."""
+"""The learning rate as a pure function of the step: a checkpoint needs no state of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dsmim.recipe import Optim, Schedule
 
 @dataclass(frozen=True)
 class LearningRate:
-    """A resolved schedule, in steps."""
+    """A schedule with its durations in steps."""
 
     peak: float
     warmup_lr: float
@@ -19,30 +19,30 @@ class LearningRate:
     warmup: int
     total: int
     milestones: tuple[int, ...]
-    """Empty: cosine."""
+    """Steps at which the rate is multiplied by gamma; empty: a cosine instead."""
     gamma: float
 
     def at(self, step: int, scale: float = 1.0) -> float:
-        """The rate of the optimizer step `step` (from 0) for parameters whose rate is scaled by layer decay.
+        """Return the learning rate of the optimizer step `step` (from 0).
 
-        Linear warm-up from warmup_lr; then a cosine down to min_lr at the end, or steps by gamma. warmup_lr and
-        min_lr are floors shared by all layers, as in microsoft/SimMIM, but never above a layer's own peak.
+        scale: factor of layer decay. Linear warm-up from warmup_lr; then a cosine down to min_lr, or steps by gamma.
+        warmup_lr and min_lr are the same for all layers, as in microsoft/SimMIM, but never above a layer's own peak.
         """
         peak = self.peak * scale
-        low, floor = min(self.warmup_lr, peak), min(self.min_lr, peak)
+        first, last = min(self.warmup_lr, peak), min(self.min_lr, peak)
         if step < self.warmup:
-            return low + (peak - low) * step / self.warmup
+            return first + (peak - first) * step / self.warmup
         if self.milestones:
             return peak * self.gamma ** bisect_right(self.milestones, step)
         done = (step - self.warmup) / max(1, self.total - self.warmup)
-        return floor + (peak - floor) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+        return last + (peak - last) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
-def resolve(schedule: Schedule, optim: Optim, global_batch: int, epoch_samples: int) -> LearningRate:
-    """Durations into steps, rates through the recipe's scaling rule.
+def resolve_schedule(schedule: Schedule, optim: Optim, global_batch: int, epoch_samples: int) -> LearningRate:
+    """Return the recipe's schedule with durations in steps and rates after the recipe's scaling rule.
 
-    The cosine starts after the warm-up (WARMUP_PREFIX in microsoft/Swin-Transformer).
-    Raises ValueError when the warm-up is longer than the training.
+    epoch_samples: samples of one epoch. The cosine starts after the warm-up (WARMUP_PREFIX in
+    microsoft/Swin-Transformer). Raises ValueError when the warm-up is longer than the training.
     """
     factor = global_batch / optim.lr_base_batch if optim.lr_scaling == "linear" else 1.0
     total = schedule.duration.in_steps(global_batch, epoch_samples)

@@ -41,7 +41,7 @@ def export(path: Path, out: Path, layout: str = "timm", which: str = "fp32") -> 
     found = reading.locate(path)
     recipe = Recipe.model_validate(reading.read_state(found)["recipe"])
     write = {"timm": _timm, "authors": _authors, "dsmim": _dsmim}[layout]
-    state, metadata, words = write(recipe, zero_shards.weights(found, which), out)
+    state, metadata, words = write(recipe, zero_shards.read_weights(found, which), out)
     _save(state, {"format": "pt", **metadata, "source": recipe.name}, out, bare=layout == "authors")
     return words
 

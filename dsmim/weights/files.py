@@ -50,7 +50,7 @@ def read(path: Path) -> Weights:
 
 def _read_checkpoint(found: Path) -> Weights:
     settings = reading.read_state(found)["recipe"].get("model", {})
-    return Weights(zero_shards.weights(found), str(found), windows=_windows(settings))
+    return Weights(zero_shards.read_weights(found), str(found), windows=_windows(settings))
 
 
 def _read_safetensors(path: Path) -> Weights:

@@ -1,5 +1,5 @@
-"""Reading checkpoints without a process group: what DeepSpeed writes, written here; its own files are read in
-tests/distributed/test_elastic.py."""
+"""Reading checkpoints without a process group. The files are written here in DeepSpeed's format; test_elastic.py in
+tests/distributed reads files that DeepSpeed wrote."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from dsmim.checkpoint.zero_shards import Shards, weights
+from dsmim.checkpoint.zero_shards import ZeroShards, read_weights
 
 MEGABYTE = 2**20
 
@@ -26,7 +26,7 @@ def tied() -> nn.Module:
 
 
 def stage_0(folder: Path, order: list[list[str]] | None) -> tuple[Path, nn.Module, torch.optim.AdamW]:
-    """A checkpoint of stage 0 after a step: the optimizer's parameters in two groups, the second model's first."""
+    """A checkpoint of stage 0 after one step. The optimizer has two groups, in another order than the model."""
     model = tied()
     by_name = {name: p for name, p in model.named_parameters() if p.requires_grad}
     first = ["1.bias", "3.weight", "3.bias"]
@@ -51,7 +51,7 @@ ORDER = [["1.bias", "3.weight", "3.bias"], ["0.weight", "0.bias"]]
 
 
 def stage_3(folder: Path, tensors: dict[str, torch.Tensor], world: int = 3) -> Path:
-    """A checkpoint of stage 3 that was never stepped: one sub-group, `alias` another name of the first parameter."""
+    """A checkpoint of stage 3 before the first step: one sub-group; `alias` is a second name of the first parameter."""
     folder.mkdir()
     for rank in range(world):
         pieces = []
@@ -79,9 +79,9 @@ def stage_3(folder: Path, tensors: dict[str, torch.Tensor], world: int = 3) -> P
     return folder
 
 
-def test_stage_0_by_the_names_in_state_json(tmp_path):
+def test_stage_0_with_the_names_in_state_json(tmp_path):
     folder, model, optimizer = stage_0(tmp_path / "c", ORDER)
-    shards = Shards(folder)
+    shards = ZeroShards(folder)
     assert (shards.stage, shards.world_size) == (0, 5)
     assert shards.names == [name for group in ORDER for name in group] and set(shards.steps.values()) == {1.0}
     assert shards.shared == {"1.weight": "0.weight"} and shards.frozen == ["2.weight", "2.bias"]
@@ -90,38 +90,38 @@ def test_stage_0_by_the_names_in_state_json(tmp_path):
         if parameter.requires_grad:
             assert torch.equal(shards.tensor(name), parameter)
             assert torch.equal(shards.tensor(name, "exp_avg_sq"), optimizer.state[parameter]["exp_avg_sq"])
-    found = weights(folder)
+    found = read_weights(folder)
     assert found.keys() == model.state_dict().keys() and found["3.num_batches_tracked"].dtype == torch.int64
     assert all(torch.equal(value, found[name]) for name, value in model.state_dict().items())
 
 
-def test_stage_0_without_them_has_weights_only(tmp_path):
+def test_stage_0_without_the_names_has_weights_only(tmp_path):
     folder, model, _ = stage_0(tmp_path / "c", None)
-    assert all(torch.equal(value, weights(folder)[name]) for name, value in model.state_dict().items())
-    assert weights(folder).keys() == model.state_dict().keys()
+    assert all(torch.equal(value, read_weights(folder)[name]) for name, value in model.state_dict().items())
+    assert read_weights(folder).keys() == model.state_dict().keys()
     for ask in (lambda shards: shards.keys, lambda shards: shards.steps, lambda s: s.tensor("0.weight", "exp_avg")):
-        with pytest.raises(ValueError, match=r"c: state\.json does not say whose moments are whose .*at ZeRO stage 0"):
-            ask(Shards(folder))
+        with pytest.raises(ValueError, match=r"c: state\.json does not say which moments .* at ZeRO stage 0"):
+            ask(ZeroShards(folder))
 
 
 @pytest.mark.parametrize("order", [ORDER[:1], [["1.bias", "3.weight", "3.bias"], ["0.weight", "elsewhere"]]])
-def test_stage_0_with_names_of_something_else(tmp_path, order):
+def test_stage_0_with_other_names_is_an_error(tmp_path, order):
     folder, *_ = stage_0(tmp_path / "c", order)
     with pytest.raises(ValueError, match=r"state\.json: optimizer_parameters does not name the optimizer's 5 param"):
-        Shards(folder)
+        ZeroShards(folder)
 
 
 def test_stage_3_pieces_padding_frozen_and_shared(tmp_path):
     tensors = {"seven": torch.randn(7, 1), "one": torch.randn(()), "four": torch.randn(2, 2)}
     folder = stage_3(tmp_path / "c", tensors)
-    shards, found = Shards(folder), weights(folder)
+    shards, found = ZeroShards(folder), read_weights(folder)
     assert shards.keys == ["fp32"] and shards.steps == {} and shards.param_groups == [{"lr": 1.0}]
     assert found.keys() == {*tensors, "alias", "frozen", "buffer"}
     assert all(torch.equal(found[name], value) for name, value in tensors.items())
     assert torch.equal(found["alias"], tensors["seven"]) and found["buffer"].tolist() == [0]
     assert found["frozen"].tolist() == [[0, 1], [2, 3]]
     with pytest.raises(ValueError, match=r"c: holds no moving average; .*without optim\.ema_decay"):
-        weights(folder, "ema")
+        read_weights(folder, "ema")
 
 
 def test_a_file_cannot_run_code(tmp_path):
@@ -132,7 +132,7 @@ def test_a_file_cannot_run_code(tmp_path):
     folder = stage_3(tmp_path / "c", {"p": torch.randn(3)})
     torch.save({"optimizer_state_dict": Bomb()}, file := folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
     with pytest.raises(ValueError, match=re.escape(f"{file}: cannot be read as DeepSpeed's file")):
-        Shards(folder)
+        ZeroShards(folder)
     assert not (tmp_path / "boom").exists()
 
 
@@ -141,23 +141,23 @@ def test_files_missing_or_cut(tmp_path):
     model = folder / "zero_pp_rank_0_mp_rank_00_model_states.pt"
     model.write_bytes(model.read_bytes()[:-100])
     with pytest.raises(ValueError, match=re.escape(f"{model}: cannot be read as DeepSpeed's file")):
-        Shards(folder)
+        ZeroShards(folder)
     model.unlink()
     with pytest.raises(ValueError, match="by 3 ranks and holds the optimizer files of 3 and the model files of 2"):
-        Shards(folder)
+        ZeroShards(folder)
     with pytest.raises(ValueError, match="nowhere: no such checkpoint"):
-        Shards(tmp_path / "nowhere")
+        ZeroShards(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"mp_rank_00_model_states\.pt: cannot be read .*\(No such file"):
-        Shards(tmp_path / "empty")
+        ZeroShards(tmp_path / "empty")
 
 
 def test_a_checkpoint_is_not_read_into_memory(tmp_path):
-    """128 MB in four parameters: opening costs nothing, a parameter its own size and its pages of the file."""
+    """128 MB in four parameters: opening needs no memory; reading one needs its size and its pages of the file."""
     folder = stage_3(tmp_path / "c", {f"p{i}": torch.zeros(8 * MEGABYTE) for i in range(4)}, world=2)
     process = psutil.Process()
     before = process.memory_info().rss
-    shards = Shards(folder)
+    shards = ZeroShards(folder)
     opened = process.memory_info().rss
     tensor = shards.tensor("p2")
     read = process.memory_info().rss

@@ -114,13 +114,13 @@ def test_the_time_limit_must_leave_time_for_training(home, capsys):
 def test_a_run_with_another_recipe_needs_fork(home, capsys):
     saved = home / "run/checkpoints/step_00000002"
     saved.mkdir(parents=True)
-    from dsmim.checkpoint.reading import FORMAT
+    from dsmim.checkpoint.reading import STATE_FORMAT
     from dsmim.data.from_recipe import training_shards
     from dsmim.recipe.reading import load_recipe
     from dsmim.shards.index import fingerprint
 
     recipe = load_recipe("r.yaml")
-    state = {"format": FORMAT, "recipe": recipe.model_dump(mode="json")}
+    state = {"format": STATE_FORMAT, "recipe": recipe.model_dump(mode="json")}
     state["data_fingerprint"] = fingerprint(training_shards(recipe.data))
     (saved / "state.json").write_text(json.dumps(state))
     same = ("r.yaml", "--run-dir", "run")

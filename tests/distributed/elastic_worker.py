@@ -1,9 +1,13 @@
-"""Trains a small model under every ZeRO stage by 1 to 4 ranks, saves, and goes on at other stages and numbers of ranks.
+"""Trains a small model under every ZeRO stage on 1 to 4 ranks, saves, and resumes with other stages and world sizes.
 
 Usage: elastic_worker.py OUT. The ranks of one world size are forks of this process, which has imported everything: 12
-launches would take minutes. Writes OUT/SOURCE (a checkpoint, see `source_name`), OUT/truth/SOURCE.pt (what lay in the
-engine when it was saved, as DeepSpeed's own getters tell it, and the losses of the next steps), OUT/universal/SOURCE
-and OUT/found/SOURCE.TARGET.pt (the same of the engine that it was placed into).
+launches would take minutes. It writes
+
+    OUT/SOURCE                    a checkpoint, see `source_name`
+    OUT/truth/SOURCE.pt           the engine's state when it saved, from DeepSpeed's own getters, and the next losses
+    OUT/universal/SOURCE          the converted checkpoint
+    OUT/found/SOURCE.TARGET.pt    state and losses of the engine that loaded it
+    OUT/errors.json               the messages when something is wrong
 """
 
 from __future__ import annotations
@@ -21,12 +25,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsmim.checkpoint.scatter import place
+from dsmim.checkpoint.saved_layout import PARAMETER_ORDER
 from dsmim.checkpoint.universal import convert
-from dsmim.checkpoint.zero_layouts import ORDER
+from dsmim.checkpoint.universal_loading import load_universal
 from dsmim.cluster.placement import free_port
 from dsmim.engine.runtime import Runtime, start, stop
-from dsmim.engine.schedule import resolve
+from dsmim.engine.schedule import resolve_schedule
 from dsmim.engine.zero import Engine
 from dsmim.recipe.reading import parse_recipe
 
@@ -37,7 +41,7 @@ DEEPSPEED: dict[str, dict[str, Any]] = {
     "0": {"zero_optimization": {"stage": 0}},
     "1": {"zero_optimization": {"stage": 1}},
     "2": {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
-    # Some parameters stay gathered, some do not; several sub-groups to a group.
+    # Some parameters stay gathered, some do not; a group has several sub-groups.
     "3": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 20, "sub_group_size": 70}},
     "3_offload": {
         "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
@@ -45,7 +49,7 @@ DEEPSPEED: dict[str, dict[str, Any]] = {
     },
     "2_universal": {"zero_optimization": {"stage": 2}, "checkpoint": {"load_universal": True}},
 }
-# What deepspeed.initialize imports: 2 s in each fork otherwise.
+# What deepspeed.initialize imports: without this, 2 s in each fork.
 PRELOADED = (
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.runtime.superoffload.superoffload_stage3",
@@ -60,7 +64,7 @@ def source_name(world: int, stage: str) -> str:
 
 
 def target(world: int, stage: str) -> tuple[int, str]:
-    """Where a checkpoint goes on: from every world size to every other, from every stage to the next."""
+    """Where a checkpoint is resumed: from every world size with every other, from every stage with the next."""
     number = int(stage)
     return (world + number % 3) % 4 + 1, STAGES[(number + 1) % 4]
 
@@ -79,8 +83,8 @@ def recipe(out: Path, stage: str):
 
 
 class Odd(nn.Module):
-    """Sizes that 2 and 3 ranks do not divide, one of them smaller than either; one that is never used; a frozen layer,
-    buffers that are saved and one that is not."""
+    """A model with sizes that 2 and 3 ranks do not divide, one of them smaller than both; a parameter that is never
+    used; a frozen layer; buffers that are saved and one that is not."""
 
     def __init__(self, seed: int, width: int = 7):
         super().__init__()
@@ -102,7 +106,7 @@ def build(out: Path, runtime: Runtime, stage: str, seed: int, model: nn.Module |
     settings, model = recipe(out, stage), model or Odd(seed)
     layers = {name: ("first", "scale", "idle", "middle", "fixed", "last").index(name.split(".")[0]) for name, _ in
               model.named_parameters()}  # fmt: skip
-    rate = resolve(settings.schedule, settings.optim, BATCH, 1000)
+    rate = resolve_schedule(settings.schedule, settings.optim, BATCH, 1000)
     return Engine(model, layers, settings, runtime, 1, rate, model.modules())
 
 
@@ -118,11 +122,11 @@ def train(engine: Engine, runtime: Runtime, steps: range) -> list[float]:
 
 
 def everything(engine: Engine) -> dict[str, Any]:
-    """What a checkpoint must bring back, whole on every rank, by ways that the code under test does not go."""
+    """The whole state that a checkpoint must hold, on every rank, read without the code under test."""
     import deepspeed
 
     if engine.stage in (1, 2):
-        engine.deepspeed.optimizer._hp_optimizer_states_linked = False  # its getters look at what was there once
+        engine.deepspeed.optimizer._hp_optimizer_states_linked = False  # else its getters read an old state
         engine.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
     trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
     found: dict[str, Any] = {name: {"fp32": whole(engine, p, None)} for name, p in trained.items()}
@@ -152,31 +156,31 @@ def save(out: Path, runtime: Runtime) -> None:
         engine = build(out, runtime, stage, seed=1)
         train(engine, runtime, range(SAVED_AT))
         truth = everything(engine)
-        engine.save(out / name)
-        runtime.gather(engine.writer.entries())  # everybody's files are on disk
+        engine.save_checkpoint(out / name)
+        runtime.gather(engine.writer.entries())  # waits until the files of all ranks are on disk
         if runtime.is_rank_zero:
             names = [list(group.names) for group in engine.groups]
-            (out / name / "state.json").write_text(json.dumps({ORDER: names}))
+            (out / name / "state.json").write_text(json.dumps({PARAMETER_ORDER: names}))
             (out / name / "manifest.json").write_text(json.dumps({"files": {}, "made_of": name}))
         truth["losses"] = train(engine, runtime, range(SAVED_AT, STEPS))
         report(out / "truth" / f"{name}.pt", truth, runtime)
         engine.close()
 
 
-def go_on(out: Path, runtime: Runtime) -> None:
+def resume(out: Path, runtime: Runtime) -> None:
     for world in WORLDS:
         for stage in STAGES:
             there, other = target(world, stage)
             if there == runtime.world_size:
-                go_on_from(out, runtime, source_name(world, stage), other)
+                resume_from(out, runtime, source_name(world, stage), other)
     if runtime.world_size == 1:
-        go_on_from(out, runtime, source_name(4, "3"), "2_universal")
-        (out / "mishaps.json").write_text(json.dumps(mishaps(out, runtime)))
+        resume_from(out, runtime, source_name(4, "3"), "2_universal")
+        (out / "errors.json").write_text(json.dumps(errors(out, runtime)))
     if runtime.world_size == 2:
-        go_on_from(out, runtime, source_name(3, "1"), "3_offload")
+        resume_from(out, runtime, source_name(3, "1"), "3_offload")
 
 
-def go_on_from(out: Path, runtime: Runtime, source: str, stage: str) -> None:
+def resume_from(out: Path, runtime: Runtime, source: str, stage: str) -> None:
     engine = build(out, runtime, stage, seed=2)
     universal, said = out / "universal" / source, []
     convert(out / source, universal, runtime, said.append)
@@ -185,7 +189,7 @@ def go_on_from(out: Path, runtime: Runtime, source: str, stage: str) -> None:
         path, _ = engine.deepspeed.load_checkpoint(str(universal.parent), tag=source)
         assert path is not None
     else:
-        place(universal, engine, runtime)
+        load_universal(universal, engine, runtime)
         after = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
         assert groups == after, "the groups' settings changed"
     found = everything(engine)
@@ -195,9 +199,9 @@ def go_on_from(out: Path, runtime: Runtime, source: str, stage: str) -> None:
     engine.close()
 
 
-def mishaps(out: Path, runtime: Runtime) -> dict[str, list[str]]:
-    """What is said when a conversion is not the first, or something is wrong."""
-    source, universal = out / source_name(3, "2"), out / "universal" / "mishaps"
+def errors(out: Path, runtime: Runtime) -> dict[str, list[str]]:
+    """The messages when a conversion is not the first, or something is wrong."""
+    source, universal = out / source_name(3, "2"), out / "universal" / "errors"
     said: dict[str, list[str]] = {}
 
     def attempt(name: str, action: Callable[[list[str]], None]) -> None:
@@ -209,21 +213,21 @@ def mishaps(out: Path, runtime: Runtime) -> dict[str, list[str]]:
     def convert_again(said: list[str]) -> None:
         convert(source, universal, runtime, said.append)
 
-    def place_into(model: nn.Module) -> Callable[[list[str]], None]:
-        return lambda said: place(universal, build(out, runtime, "1", 3, model), runtime)
+    def load_into(model: nn.Module) -> Callable[[list[str]], None]:
+        return lambda said: load_universal(universal, build(out, runtime, "1", 3, model), runtime)
 
-    (left := universal.with_name(".partial_mishaps") / "zero" / "left").mkdir(parents=True)
+    (left := universal.with_name(".partial_errors") / "zero" / "left").mkdir(parents=True)
     attempt("after one that was killed", convert_again)
     assert not left.exists() and not (universal / "zero" / "left").exists()
     times = {path: path.stat().st_mtime_ns for path in universal.rglob("*.pt")}
     attempt("second", convert_again)
     assert times == {path: path.stat().st_mtime_ns for path in universal.rglob("*.pt")}
     flip(universal / "zero" / "first.weight" / "fp32.pt")
-    attempt("damaged and placed", place_into(Odd(2)))
+    attempt("damaged and loaded", load_into(Odd(2)))
     attempt("damaged", convert_again)
-    attempt("other shape", place_into(Odd(2, width=8)))
-    attempt("thawed", place_into(Odd(2).requires_grad_(True)))
-    (source / "manifest.json").write_text(json.dumps({"files": {}, "made_of": "the same step, trained anew"}))
+    attempt("other shape", load_into(Odd(2, width=8)))
+    attempt("thawed", load_into(Odd(2).requires_grad_(True)))
+    (source / "manifest.json").write_text(json.dumps({"files": {}, "made_of": "the same step, trained again"}))
     attempt("another source", convert_again)
     (source / "zero_pp_rank_1_mp_rank_00_optim_states.pt").rename(source / "away")
     (universal / "manifest.json").unlink()
@@ -250,7 +254,7 @@ def report(path: Path, found: dict[str, Any], runtime: Runtime) -> None:
 
 
 def launch(out: Path, world: int, action: Callable[[Path, Runtime], None]) -> None:
-    """`world` ranks, each a fork of this process, as torchrun would describe them."""
+    """Run `world` ranks, each a fork of this process with the environment that torchrun would set."""
     port = str(free_port())
     ranks = [multiprocessing.get_context("fork").Process(target=be_rank, args=(out, world, r, port, action)) for r in
              range(world)]  # fmt: skip
@@ -273,16 +277,16 @@ def main(out: Path) -> None:
         (out / f"zero{stage}.json").write_text(json.dumps(settings))
     for module in PRELOADED:
         importlib.import_module(module)
-    for action in (save, go_on):
+    for action in (save, resume):
         for world in WORLDS:
             launch(out, world, action)
     from deepspeed.checkpoint import ds_to_universal
 
     for stage in ("2", "3"):
-        source, mine = out / source_name(3, stage), out / f"theirs{stage}"
+        source, theirs = out / source_name(3, stage), out / f"theirs{stage}"
         ds_to_universal.main(
             Namespace(
-                input_folder=str(source), output_folder=str(mine), num_extract_workers=1, num_merge_workers=1,
+                input_folder=str(source), output_folder=str(theirs), num_extract_workers=1, num_merge_workers=1,
                 keep_temp_folder=False, strict=True, inject_missing_state=True,
             )
         )  # fmt: skip

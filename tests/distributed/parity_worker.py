@@ -1,4 +1,4 @@
-"""Run by torchrun on two ranks: trains the parity models through the engine in every configuration asked for.
+"""Trains the parity models with the engine in every configuration. torchrun starts it on two ranks.
 
 Usage: parity_worker.py OUT. Rank 0 writes OUT/CONFIGURATION.pt: losses, gradient norms, weights.
 """
@@ -12,15 +12,15 @@ from typing import NamedTuple
 import torch
 
 from dsmim.engine.runtime import start, stop
-from dsmim.engine.schedule import resolve
+from dsmim.engine.schedule import resolve_schedule
 from dsmim.engine.zero import Engine
 from dsmim.recipe import Recipe
 from dsmim.recipe.reading import parse_recipe
 from dsmim.tasks import build_task
 
 STEPS, BATCH = 10, 8
-# Between them every parameter that is used outside its module's forward, or by none: mask token, logit scale, query and
-# value biases; class token, position embedding, LayerScale.
+# Together they have every kind of parameter that is not used in the forward of a module of its own: mask token, logit
+# scale, query and value biases; class token, position embedding, LayerScale.
 MODELS = {
     "swin": {"name": "swinv2_nano", "img_size": 32, "window_size": 4, "extra_norm_every": 3},
     "vit": {"name": "deit3_nano_patch16", "img_size": 64},
@@ -31,7 +31,7 @@ CLIP = {"swin": 0.3, "vit": 0.03}
 class Configuration(NamedTuple):
     model: str
     stage: int | str
-    """A DeepSpeed file's name behind `zero`; "3_all": stage 3, every parameter cut up and gathered by itself"""
+    """A DeepSpeed file's name after `zero`; "3_all": stage 3, where every parameter is cut up and gathered alone."""
     accumulation: int = 1
     precision: str = "fp32"
     checkpointing: int = 0
@@ -74,7 +74,7 @@ def parity_recipe(wanted: Configuration, out: Path | None = None) -> Recipe:
 
 
 def parity_batch(step: int, model: str = "swin") -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (8, 3, img_size, img_size) and masks with equally many hidden tokens each."""
+    """Images (B, 3, img_size, img_size) and masks (B, rows, columns) of tokens; every mask hides as many tokens."""
     generator = torch.Generator().manual_seed(step)
     side, tokens = MODELS[model]["img_size"], {"swin": 8, "vit": 4}[model]
     order = [torch.randperm(tokens**2, generator=generator) for _ in range(BATCH)]
@@ -97,7 +97,7 @@ def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
 def build_engine(runtime, wanted: Configuration, out: Path | None = None) -> Engine:
     recipe = parity_recipe(wanted, out)
     task = parity_task(recipe)
-    rate = resolve(recipe.schedule, recipe.optim, BATCH, 1000)
+    rate = resolve_schedule(recipe.schedule, recipe.optim, BATCH, 1000)
     return Engine(task.model, task.layers, recipe, runtime, wanted.accumulation, rate, task.fill())
 
 
@@ -126,13 +126,14 @@ def train(runtime, wanted: Configuration, out: Path) -> None:
 
 
 def every_rank_has_rank_0_s_weights(runtime, stage: int | str, out: Path) -> None:
-    """A model made module by module and cut into shards is the plain one; where rank 0 has weights, all get those."""
+    """A model filled module by module and cut into shards has the plain model's weights. Weights that rank 0 is given
+    reach every rank."""
     recipe = parity_recipe(Configuration("swin", stage), out)
     plain = parity_task(recipe)
     list(plain.fill())
     given = {"encoder.norm.weight": torch.randn(256), "mask_token": torch.randn(1, 1, 32)}
     task = parity_task(recipe)
-    rate = resolve(recipe.schedule, recipe.optim, BATCH, 1000)
+    rate = resolve_schedule(recipe.schedule, recipe.optim, BATCH, 1000)
     parts = task.fill(given if runtime.is_rank_zero else None)
     engine = Engine(task.model, task.layers, recipe, runtime, 1, rate, parts)
     if stage == "3_all":
@@ -150,12 +151,12 @@ def every_rank_has_rank_0_s_weights(runtime, stage: int | str, out: Path) -> Non
 
 
 def each_group_alone(runtime, stage: int) -> None:
-    """With a rate for one group only, exactly that group's parameters move: the rate that each really gets."""
+    """With a learning rate for one group only, only that group's parameters change: each group gets its own rate."""
     for chosen in (0, 5):
         engine = build_engine(runtime, Configuration("swin", stage))
         scale = engine.groups[chosen].scale
         names = {name for group in engine.groups if group.scale == scale for name in group.names}
-        object.__setattr__(engine, "rate", OneScale(scale))
+        engine.rate = OneScale(scale)
         before = whole_weights(engine)
         for images, mask in micro_batches(runtime, 0, 1):
             engine.backward(engine(images, mask))
@@ -164,7 +165,7 @@ def each_group_alone(runtime, stage: int) -> None:
         moved = {name for name in before if not torch.equal(before[name], after[name])}
         assert moved and moved <= names, (stage, chosen, moved - names)
         unmoved = {name for name in names - moved if "norm" not in name and "attn" not in name and "mlp" not in name}
-        assert not unmoved, (stage, chosen, unmoved)  # res-post-norm starts at 0: what lies behind has no gradient yet
+        assert not unmoved, (stage, chosen, unmoved)  # res-post-norm starts at 0: before it there is no gradient
         engine.close()
 
 
@@ -177,7 +178,7 @@ class OneScale:
 
 
 def a_nan_is_not_applied(runtime, stage: int) -> None:
-    """One rank's NaN must leave every rank's weights alone, and the next step must go on."""
+    """A NaN on one rank must leave the weights of all ranks unchanged, and the next step must be applied."""
     engine = build_engine(runtime, Configuration("swin", stage, accumulation=2))
     before = whole_weights(engine)
     for poison in (True, False):

@@ -13,14 +13,14 @@ import torch
 import yaml
 
 from benchmarks.kill_resume_compare import leaves, stream
+from dsmim.checkpoint import zero_shards
 from dsmim.checkpoint.reading import locate
-from dsmim.checkpoint.zero_shards import weights
 from dsmim.cluster.placement import free_port
 from tests.conftest import ROOT, environment, patience, tiny_recipe
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    return weights(locate(path))
+    return zero_shards.read_weights(locate(path))
 
 
 def write_recipe(folder: Path, shards: Path, **changes) -> Path:

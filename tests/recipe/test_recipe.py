@@ -26,10 +26,10 @@ def test_every_shipped_recipe_loads_and_survives_a_round_trip(name):
 
 def test_published_pretraining_values():
     """arXiv 2206.04664 and the Swin V2 base configuration: lr 4e-4 at batch 2048, 500 k steps, drop at 437.5 k."""
-    from dsmim.engine.schedule import resolve
+    from dsmim.engine.schedule import resolve_schedule
 
     recipe = load_recipe("simmim_swinv2_base_192_pretrain")
-    rate = resolve(recipe.schedule, recipe.optim, recipe.batch.global_batch, 1_281_167)
+    rate = resolve_schedule(recipe.schedule, recipe.optim, recipe.batch.global_batch, 1_281_167)
     assert rate.at(6_250) == pytest.approx(4e-4)
     assert rate.at(0) == pytest.approx(2e-6)
     assert rate.at(437_499) == pytest.approx(4e-4) and rate.at(437_500) == pytest.approx(4e-5)
@@ -37,10 +37,10 @@ def test_published_pretraining_values():
 
 
 def test_published_finetuning_values():
-    from dsmim.engine.schedule import resolve
+    from dsmim.engine.schedule import resolve_schedule
 
     recipe = load_recipe("simmim_swinv2_base_224_finetune")
-    rate = resolve(recipe.schedule, recipe.optim, recipe.batch.global_batch, 1_281_167)
+    rate = resolve_schedule(recipe.schedule, recipe.optim, recipe.batch.global_batch, 1_281_167)
     assert rate.peak == pytest.approx(5e-3) and rate.min_lr == pytest.approx(1e-6)
     assert recipe.optim.layer_decay == 0.75 and recipe.optim.clip_grad == 5.0
     assert rate.total == pytest.approx(62_557, abs=1)
@@ -143,4 +143,4 @@ def test_deepspeed_file_contradictions(tmp_path):
     message = str(caught.value)
     assert "gradient_cliping: DeepSpeed reads no such key; did you mean gradient_clipping?" in message
     assert "gradient_clipping: the file says 1.0, the recipe 5.0" in message
-    assert "bf16: precision is the recipe's" in message and "train_batch_size" not in message
+    assert "bf16: the recipe sets the precision" in message and "train_batch_size" not in message

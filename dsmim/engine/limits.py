@@ -1,4 +1,4 @@
-"""What must not pass unnoticed in training: undecodable images, losses that are not finite or that diverge."""
+"""Limits on faults in training: undecodable images, steps that are not finite, a loss that diverges."""
 
 from __future__ import annotations
 
@@ -12,41 +12,50 @@ from dsmim.engine.zero import StepResult
 from dsmim.health.outcome import Stopped
 from dsmim.recipe import Recipe
 
-LOSSES = 20  # steps over which a loss is averaged before it is judged
+LOSSES = 20  # steps over which the loss is averaged before it is compared
+
+_STATE = ("bad", "seen", "skipped_in_a_row", "first", "last")
+"""Attributes that a checkpoint keeps, by their names in state.json."""
 
 
-class Watch:
-    """Counts faults and stops the run, on all ranks together, beyond the recipe's limits.
+class FaultLimits:
+    """Counts faults over all ranks and stops the run on all of them when a limit of the recipe is exceeded.
 
-    say: where rank 0 reports; epoch_samples: the smallest number of samples a share is taken of.
+    say: where rank 0 reports; epoch_samples: the share of undecodable images is taken of at least so many samples.
     """
 
     def __init__(self, recipe: Recipe, runtime: Runtime, say: Callable[[str], None], epoch_samples: int):
         self.max_share, self.max_skipped = recipe.data.max_undecodable, recipe.engine.max_skipped
         self.max_growth = recipe.engine.max_loss_growth
         self.first: list[float] = []
+        """Losses of the run's first steps."""
         self.last: list[float] = []
+        """Losses of the newest steps."""
         self.runtime, self.say, self.epoch_samples = runtime, say, epoch_samples
         self.bad, self.seen, self.skipped_in_a_row = 0, 0, 0
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run goes on counting from."""
+        """Return the counters that a resumed run continues with."""
         return {key: getattr(self, key) for key in _STATE}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue with the counters of a checkpoint."""
         for key in state.keys() & set(_STATE):
             setattr(self, key, state[key])
-        if "first" not in state:  # of a checkpoint older than this watch: its first losses are not known
+        if "first" not in state:  # an older dsmim wrote the checkpoint: the run's first losses are not known
             self.max_growth = None
 
-    def undecodable(self, batch: dict[str, Any]) -> int:
-        """Report a micro batch's undecodable images on the rank that met them; gives their number."""
+    def report_undecodable(self, batch: dict[str, Any]) -> int:
+        """Report the undecodable images of this rank's micro batch, and return their number."""
         for fault in batch["undecodable"]:
             print(f"undecodable image replaced by its neighbour: {fault}", file=sys.stderr, flush=True)
         return len(batch["undecodable"])
 
-    def count(self, faults: int, samples: int) -> int:
-        """Add a step's faults over all ranks; gives the total so far. Raises Stopped beyond data.max_undecodable."""
+    def count_undecodable(self, faults: int, samples: int) -> int:
+        """Add a step's undecodable images of all ranks, and return their number so far.
+
+        Raises Stopped when their share exceeds data.max_undecodable.
+        """
         self.bad, self.seen = self.bad + faults, self.seen + samples
         allowed = self.max_share * max(self.seen, self.epoch_samples)
         if faults and self.bad > allowed:
@@ -56,14 +65,16 @@ class Watch:
             )
         return self.bad
 
-    def finite(self, step: int, loss: float, own_loss: float, result: StepResult, keys: list[str]) -> None:
-        """Check a step that DeepSpeed has applied or, its gradient not being finite, skipped. loss: over all ranks.
+    def check_step(self, step: int, loss: float, own_loss: float, result: StepResult, keys: list[str]) -> None:
+        """Check a step that DeepSpeed has applied, or skipped because its gradient was not finite. Collective when loss
+        or gradient are not finite.
 
-        Raises Stopped after more than engine.max_skipped such steps in a row, and when the loss has diverged.
+        loss: of all ranks; own_loss: of this rank; keys: its samples. Raises Stopped after more than engine.max_skipped
+        such steps in a row, and when the loss has diverged.
         """
         if math.isfinite(loss) and result.applied:
             self.skipped_in_a_row = 0
-            self._converging(step, loss)
+            self._check_growth(step, loss)
             return
         self.skipped_in_a_row += 1
         reports = self.runtime.gather(None if math.isfinite(own_loss) else (self.runtime.rank, own_loss, keys))
@@ -76,20 +87,20 @@ class Watch:
         if self.skipped_in_a_row > self.max_skipped:
             raise Stopped(
                 f"{self.skipped_in_a_row} steps in a row were not finite (engine.max_skipped {self.max_skipped}); the "
-                f"last checkpoint stands. Last: {problem}"
+                f"last checkpoint is still valid. The last such step: {problem}"
             )
 
-    def _converging(self, step: int, loss: float) -> None:
-        """Compare the last losses with the run's first. Runaway growth shows so; a fall back to chance does not."""
+    def _check_growth(self, step: int, loss: float) -> None:
+        """Compare the newest losses with the run's first ones.
+
+        This shows a loss that grows without bound. It does not show one that falls back to the level of chance.
+        """
         self.first = self.first if len(self.first) == LOSSES else [*self.first, loss]
         self.last = [*self.last, loss][-LOSSES:]
         first, last = (sum(losses) / len(losses) for losses in (self.first, self.last))
         if self.max_growth is not None and len(self.last) == LOSSES and last > self.max_growth * first:
             raise Stopped(
-                f"step {step}: the loss has diverged: {last:.4g} in the mean of the last {LOSSES} steps, "
-                f"{first:.4g} in that of the first (engine.max_loss_growth {self.max_growth:g}); the last checkpoint "
-                "stands. Lower optim.lr, lengthen schedule.warmup or tighten optim.clip_grad"
+                f"step {step}: the loss has diverged: its mean is {last:.4g} over the last {LOSSES} steps and "
+                f"{first:.4g} over the first (engine.max_loss_growth {self.max_growth:g}); the last checkpoint is "
+                "still valid. Lower optim.lr, lengthen schedule.warmup or tighten optim.clip_grad"
             )
-
-
-_STATE = ("bad", "seen", "skipped_in_a_row", "first", "last")

@@ -1,0 +1,61 @@
+"""What dsmim reads and corrects inside DeepSpeed's ZeRO optimizers (0.19), which have no public interface for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def share_masters(optimizer: Any) -> None:
+    """Make ZeRO-3's master weights the same memory as its fp32 weights: 4 bytes per parameter less.
+
+    DeepSpeed intends this where weights are fp32 already, as under torch_autocast (runtime/zero/stage3.py,
+    _create_fp32_partitions), but it compares a torch.device with a string and copies them.
+    """
+    masters, weights = optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat
+    for master, weight in zip(masters, weights, strict=True):
+        if weight is not None and (weight.dtype, weight.device) == (master.dtype, master.device):
+            master.data = weight.data
+
+
+def clear_padding(optimizer: Any, rank: int) -> None:
+    """Set the padding of ZeRO-3's shards to zero: what follows the last element of a parameter that the ranks do not
+    divide evenly. DeepSpeed leaves there what the memory held, so two checkpoints of the same weights would differ."""
+    for master, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+        begin = 0
+        for parameter in group:
+            size, (_, own) = parameter.partition_numel(), own_part(parameter, rank)
+            if master is not None:
+                master.data[begin + own : begin + size] = 0
+            begin += size
+
+
+def own_part(parameter: nn.Parameter, rank: int) -> tuple[int, int]:
+    """Return the first element and the number of elements (no padding) that a rank has of a parameter at stage 3."""
+    size = parameter.partition_numel()
+    start = min(rank * size, parameter.ds_numel)
+    return start, min(size, parameter.ds_numel - start)
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Return the shape of a whole parameter, also where this rank has only a shard of it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def group_members(engine: Any, stage: int) -> list[list[str]]:
+    """Return the names of the parameters that each of DeepSpeed's groups really updates. engine: DeepSpeed's.
+
+    Each stage keeps them in another place (runtime/zero/stage_1_and_2.py: bit16_groups; stage3.py: fp16_groups, which
+    are sub-groups).
+    """
+    optimizer, names = engine.optimizer, engine.param_names
+    if stage == 0:
+        return [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    if stage < 3:
+        return [[names[p] for p in group] for group in optimizer.bit16_groups]
+    members: list[list[str]] = [[] for _ in optimizer.param_groups]
+    for number, group in enumerate(optimizer.fp16_groups):
+        members[optimizer.sub_group_to_group_id[number]] += [names[p] for p in group]
+    return members
