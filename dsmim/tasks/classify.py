@@ -22,7 +22,7 @@ class _LabelledSample:
 
 
 class Classify(Task):
-    """Cross entropy over soft targets: label smoothing, mixup, CutMix."""
+    """Classification with cross entropy over soft targets: label smoothing, mixup, CutMix."""
 
     def __init__(self, recipe: Recipe):
         self.settings, self.seed = recipe.task, recipe.seed
@@ -56,6 +56,6 @@ class Classify(Task):
         return {"loss": loss / count, "accuracy": right / count, "samples": int(samples)}
 
     def _targets(self, labels: torch.Tensor) -> torch.Tensor:
-        """(B, classes): 1 - s on the label plus s / classes everywhere, as timm's mixup_target."""
+        """Return (B, classes): 1 - s on the label plus s / classes everywhere, as timm's mixup_target."""
         smoothing = self.settings.label_smoothing
         return F.one_hot(labels, self.classes).float() * (1 - smoothing) + smoothing / self.classes

@@ -110,7 +110,7 @@ def test_networks_of_timm(name, options):
 def test_networks_of_timm_without_drop_path_or_layers():
     model = create_model("timm:ghostnet_050", img_size=64, num_classes=3)
     assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 3)
-    with pytest.raises(ValueError, match="timm does not tell the layers of this network"):
+    with pytest.raises(ValueError, match="timm gives no layer numbers for this network"):
         layer_ids(nn.Linear(2, 2))
 
 
