@@ -35,7 +35,9 @@ class Classify(Task):
 
     def check_micro_batch(self, size: int) -> None:
         if size % 2 and (self.settings.mixup or self.settings.cutmix):
-            raise ValueError(f"batch.micro_batch: mixup and CutMix pair neighbours; {size} samples per rank are odd")
+            raise ValueError(
+                f"batch.micro_batch: mixup and CutMix pair neighbours; {size} samples per rank are odd, set an even one"
+            )
 
     def training_loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         images, targets = normalise(batch["image"]), self._targets(batch["label"])
