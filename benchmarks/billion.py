@@ -1,13 +1,14 @@
-"""Real optimizer steps of a billion parameters on a repeated batch: does it fit, how fast is it, does the loss fall?
+"""Run optimizer steps of a billion parameters on a repeated batch: does it fit, how fast is it, does the loss fall?
 
     python benchmarks/billion.py --model swinv2_giant            # SimMIM at 192 pixels, window 12
     python benchmarks/billion.py --model deit3_huge_patch14_52   # classification at 160 pixels
 
-By itself it starts one rank per GPU, or two on a machine without (12 GiB each for a billion parameters). The model is
-made, sharded and trained by the same engine as any run. One line per step; the last line of standard output is one JSON
-object: params, losses, seconds_per_step, peak_gib_per_rank, state_gib_per_rank against the bound of 16 bytes ×
-parameters / ranks, and on GPUs images_per_second and mfu. --quick takes the family's base model. --build-only makes
-the model and cuts it into ZeRO-3's shards, no more: what memory that needs, also for swinv2_giant3b.
+The script starts one rank per GPU, or two ranks on a machine without GPUs (12 GiB each for a billion parameters). The
+model is created, sharded and trained by the same engine as in any run. It prints one line per step. The last line of
+standard output is one JSON object: params, losses, seconds_per_step, peak_gib_per_rank, state_gib_per_rank next to the
+bound of 16 bytes × parameters / ranks, and on GPUs images_per_second and mfu. --quick uses the family's base model.
+--build-only only creates the model and cuts it into ZeRO-3's shards, to measure the memory of this, also for
+swinv2_giant3b.
 """
 
 from __future__ import annotations
@@ -36,17 +37,17 @@ from dsmim.tasks import Task, build_task
 
 GIB = 2**30
 STATE_BYTES = 16  # AdamW in mixed precision: weights, master weights, gradients and two moments (arXiv 1910.02054)
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, the makers' data sheets
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, from the data sheets
 QUICK = {"swinv2": "swinv2_base", "deit3": "deit3_base_patch16"}
-RATE = {"swinv2": 1e-4, "deit3": 2e-5}  # small enough for a batch of two to be learnt without a leap
+RATE = {"swinv2": 1e-4, "deit3": 2e-5}  # small enough to learn a batch of two without a jump of the loss
 
-# glibc keeps freed blocks of up to 32 MB for later, which costs a rank of a billion parameters more than a gigabyte.
-# Large pages make it cheap not to.
+# glibc keeps freed blocks of up to 32 MB for later use, which costs a rank of a billion parameters more than 1 GB. The
+# first setting stops this; large pages make it cheap to do so.
 LEAN = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20), "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 def recipe_for(args: argparse.Namespace, world_size: int) -> Recipe:
-    """A recipe as a user would write it: the model's own task, every block recomputed."""
+    """Return a recipe as a user would write it: the task of the model's family, every block recomputed."""
     swin = args.model.startswith("swinv2")
     model = {"name": args.model, "img_size": args.img_size or (192 if swin else 160)}
     model |= {"window_size": 12} if swin else {}
@@ -64,7 +65,7 @@ def recipe_for(args: argparse.Namespace, world_size: int) -> Recipe:
 
 
 def batch_for(recipe: Recipe, task: Task, runtime: Runtime, size: int) -> dict:
-    """One rank's images, soft coloured blobs, with masks and labels; the same at every step."""
+    """Return one rank's images (soft coloured blobs) with masks and labels; the same at every step."""
     generator = torch.Generator().manual_seed(runtime.rank)
     side = recipe.model.img_size
     coarse = torch.rand(size, 3, 12, 12, generator=generator)
@@ -78,7 +79,7 @@ def batch_for(recipe: Recipe, task: Task, runtime: Runtime, size: int) -> dict:
 
 
 def state_bytes(engine: Engine) -> int:
-    """Bytes of weights, gradients and optimizer state that this rank holds between steps, each storage once."""
+    """Return the bytes of weights, gradients and optimizer state that this rank holds, each storage counted once."""
     optimizer = engine.deepspeed.optimizer
     held = [getattr(p, "ds_tensor", p) for p in engine.module.parameters()]
     held += [p.grad for p in engine.module.parameters() if p.grad is not None]
@@ -87,7 +88,7 @@ def state_bytes(engine: Engine) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
 
 
-# Where DeepSpeed keeps flat shards and gradients (runtime/zero/stage3.py, stage_1_and_2.py)
+# Attributes in which DeepSpeed keeps flat shards and gradients (runtime/zero/stage3.py, stage_1_and_2.py)
 _BUFFERS = (
     "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat", "grad_partitions_flat_buffer", "bit16_groups_flat",
     "single_partition_of_fp32_groups", "averaged_gradients",
@@ -113,7 +114,7 @@ def train(args: argparse.Namespace, runtime: Runtime) -> dict:
     memory.reset()
     batch = batch_for(recipe, task, runtime, args.micro_batch)
     losses, seconds, held = [], [], 0
-    for step in range(args.steps + 1):  # the last loss shows what the last step has brought
+    for step in range(args.steps + 1):  # the last loss shows the effect of the last step
         begin = time.perf_counter()
         loss = task.training_loss(engine, batch)
         losses.append(runtime.sum(loss.detach().double() / runtime.world_size).item())
@@ -130,13 +131,13 @@ def train(args: argparse.Namespace, runtime: Runtime) -> dict:
             print(f"step {step}: loss {losses[-1]:.5f}{took}", flush=True)
     own = torch.tensor([built, memory.read(), held], dtype=torch.float64)
     peaks = torch.tensor(runtime.gather(own.tolist())).amax(0) / GIB
-    every = seconds[1:] or seconds  # the first allocates
+    counted = seconds[1:] or seconds  # the first step allocates memory
     figures = {
         "model": args.model,
         "task": recipe.task.name,
         "params": params,
         "losses": [round(loss, 5) for loss in losses],
-        "seconds_per_step": round(sum(every) / len(every), 3),
+        "seconds_per_step": round(sum(counted) / len(counted), 3),
         "peak_gib_per_rank": round(peaks[1].item(), 2),
         "build_peak_gib_per_rank": round(peaks[0].item(), 2),
         "build_seconds": round(build_seconds, 1),
@@ -156,7 +157,7 @@ def train(args: argparse.Namespace, runtime: Runtime) -> dict:
 
 
 def build(args: argparse.Namespace, runtime: Runtime) -> dict:
-    """Make a model as the engine does, at ZeRO stage 3."""
+    """Create a model as the engine does, at ZeRO stage 3, and return the memory that this needs."""
     recipe, memory, begin = recipe_for(args, runtime.world_size), PeakMemory(torch.device("cpu")), time.perf_counter()
     base = memory.read()
     torch.manual_seed(0)
@@ -179,7 +180,7 @@ def build(args: argparse.Namespace, runtime: Runtime) -> dict:
 
 
 def speed(args: argparse.Namespace, recipe: Recipe, figures: dict) -> dict:
-    """Images per second, and the share of the GPUs' peak that useful multiplications reach (recomputation is none)."""
+    """Return images per second and the share of the GPUs' peak, without the multiplications of recomputed blocks."""
     name = torch.cuda.get_device_name()
     images = recipe.batch.global_batch / figures["seconds_per_step"]
     model = create_model(args.model, "meta", img_size=recipe.model.img_size, window_size=recipe.model.window_size)
@@ -192,12 +193,12 @@ def speed(args: argparse.Namespace, recipe: Recipe, figures: dict) -> dict:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="swinv2_giant", help="a model of dsmim")
-    parser.add_argument("--quick", action="store_true", help="the family's base model: under a minute on two cores")
-    parser.add_argument("--build-only", action="store_true", help="make and shard the model, and measure that")
-    parser.add_argument("--steps", type=int, default=3, help="optimizer steps, two at least")
+    parser.add_argument("--quick", action="store_true", help="use the family's base model: under a minute on two cores")
+    parser.add_argument("--build-only", action="store_true", help="only create and shard the model, and measure this")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps, at least two")
     parser.add_argument("--micro-batch", type=int, default=1, help="images per rank")
     parser.add_argument("--img-size", type=int, help="pixels (default: 192 for Swin V2, 160 for DeiT III)")
-    parser.add_argument("--deepspeed", default="zero3_low_memory", help="a DeepSpeed JSON of dsmim's, or a path")
+    parser.add_argument("--deepspeed", default="zero3_low_memory", help="a DeepSpeed JSON in dsmim, or a path")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
     parser.add_argument("--compile", action="store_true", help="torch.compile every block")
@@ -206,7 +207,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.steps < 2:
         parser.error(
-            "--steps: AdamW's moments come with the first step, so that one step shows neither memory nor time"
+            "--steps: at least 2; AdamW's moments are allocated by the first step, which shows neither memory nor time"
         )
     family = args.model.split("_")[0]
     if args.quick:

@@ -1,4 +1,4 @@
-"""The largest memory that a process has needed."""
+"""Measure the peak memory of a process."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import torch
 
 
 class PeakMemory:
-    """Largest memory of this process since the last reset, in bytes: allocated on the GPU, or resident."""
+    """The largest memory of this process since the last reset, in bytes: allocated on the GPU, or resident."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.reset()
 
     def reset(self) -> None:
+        """Start again from the memory in use now."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
             Path("/proc/self/clear_refs").write_text("5")
 
     def read(self) -> int:
+        """Return the peak in bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -1,8 +1,8 @@
-"""Every model of dsmim: parameters, multiplications, bytes of its states, and the ZeRO stage from which these fit.
+"""Print for every model of dsmim: parameters, multiplications, bytes of its states, and the ZeRO stage they need.
 
     python benchmarks/sizes.py [--quick] [--markdown] [--ranks 8]
 
-Counted on the networks themselves, on the meta device: no weights are made. --markdown prints the tables of
+The networks themselves are counted, on the meta device: no weights are created. --markdown prints the tables of
 docs/models.md, --quick leaves out most resolutions. The last line of standard output is one JSON object.
 """
 
@@ -17,20 +17,20 @@ from dsmim.models import SimMIM, create_model, model_names
 from dsmim.models.flops import forward_macs
 
 CLASSES, PIXELS = 1000, 224  # of the classifier whose parameters are counted
-# Pixels → window in tokens; the first is what SimMIM pre-trains at
+# Pixels → window in tokens; SimMIM pre-trains at the first
 SWIN = {192: 12, 224: 14, 384: 24}
 DEIT = (128, 160, 192, 224, 384)
 QUICK = {"swinv2": (192, 224), "deit3": (160, 224)}
 
-# AdamW in fp32 under bf16 autocast: 4 bytes of weights, 4 of gradients, 8 of moments, in all 16 a parameter (as with
-# 16-bit weights and fp32 masters, arXiv 1910.02054). Per stage: bytes a parameter that every rank holds, and bytes that
-# the ranks share. Stages 1 and 2 keep a copy of the weights as masters, shared (DeepSpeed runtime/zero/
-# stage_1_and_2.py); at stage 3 weights and masters are one (engine/zero_internals.py, share_masters). Gradients are
-# whole at stage 1 until the backward pass ends.
+# AdamW in fp32 under bf16 autocast: 4 bytes of weights, 4 of gradients, 8 of moments, 16 per parameter in all (as with
+# 16-bit weights and fp32 masters, arXiv 1910.02054). For each stage: bytes per parameter that every rank holds, and
+# bytes that are divided among the ranks. Stages 1 and 2 also divide a copy of the weights, the masters (DeepSpeed
+# runtime/zero/stage_1_and_2.py); at stage 3 weights and masters are the same memory (engine/zero_internals.py, share_masters).
+# At stage 1 gradients are whole until the backward pass ends.
 WHOLE = 16
 BYTES = {0: (16, 0), 1: (8, 12), 2: (4, 16), 3: (0, 16)}
 CARDS = (40, 80, 141)  # 10⁹ bytes of memory: A100, A100 and H100, H200
-SHARE = 0.6  # of a card that states may take; the rest is for activations, gathered weights and buffers. Our rule
+SHARE = 0.6  # of a card, for states; the rest is for activations, gathered weights and buffers. Our rule
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -40,19 +40,19 @@ def size(model: nn.Module) -> int:
 
 
 def rank_bytes(parameters: int, stage: int, ranks: int) -> float:
-    """The most that one rank holds of weights, gradients and optimizer states, DeepSpeed's buckets aside."""
+    """Return the most bytes of weights, gradients and optimizer states on one rank, without DeepSpeed's buckets."""
     held, shared = BYTES[stage]
     return parameters * (held + shared / ranks)
 
 
 def smallest_stage(parameters: int, card: int, ranks: int) -> int | None:
-    """The first ZeRO stage at which states take at most SHARE of a card of so many 10⁹ bytes; None: at none."""
+    """Return the first ZeRO stage at which states take at most SHARE of a card of `card` · 10⁹ bytes, or None."""
     fits = (stage for stage in BYTES if rank_bytes(parameters, stage, ranks) <= SHARE * card * 1e9)
     return next(fits, None)
 
 
 def measure(name: str, quick: bool, ranks: int) -> dict:
-    """Figures of one model. What trains is SimMIM around a Swin V2 (its pre-training), and a classifying DeiT III."""
+    """Return the figures of one model. The model that trains is SimMIM with a Swin V2, or a DeiT III classifier."""
     family = name.split("_")[0]
     pixels = [side for side in (SWIN if family == "swinv2" else DEIT) if not quick or side in QUICK[family]]
     figures = {"parameters": size(build(name, PIXELS, CLASSES))}
@@ -71,7 +71,7 @@ def build(name: str, img_size: int, num_classes: int) -> nn.Module:
 
 
 def table(found: dict[str, dict], ranks: int) -> Table:
-    """One family's."""
+    """Return head and rows of one family's table."""
     first = next(iter(found.values()))
     swin = "simmim_parameters" in first
     sides = [f"{side}/w{SWIN[side]}" if swin else str(side) for side in first["gmacs"]]
@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two resolutions per family: half a minute on one core")
     parser.add_argument("--markdown", action="store_true", help="the tables of docs/models.md")
-    parser.add_argument("--ranks", type=int, default=8, help="among which ZeRO shares the states")
+    parser.add_argument("--ranks", type=int, default=8, help="number of ranks among which ZeRO divides the states")
     args = parser.parse_args()
     found = {name: measure(name, args.quick, args.ranks) for name in model_names()}
     for family in QUICK:

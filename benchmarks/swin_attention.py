@@ -1,12 +1,13 @@
-"""Swin V2 against timm's: speed of forward and backward, peak memory, difference of the outputs.
+"""Compare Swin V2 with timm's: speed of forward and backward, peak memory, difference of the outputs.
 
     python benchmarks/swin_attention.py [--quick] [--model swinv2_small] [--batch 1]
 
-`speedup` is that of forward and backward at 192 pixels, window 12, and --batch images: one, the micro batch with which
-a CPU trains large models, or 64 on a GPU. `speedups` has other batches, sizes and inference. Both networks have the
-same weights and see the same images, step by step in turn; a figure is the median over the rounds of the ratio within
-one round. On a GPU the steps are under bf16 autocast, against timm eager and timm compiled; on a CPU in fp32, where
-memory is the growth of the resident set in a process of its own. The last line of standard output is one JSON object.
+`speedup` is measured for forward and backward at 192 pixels, window 12, with --batch images (default: 1 on a CPU, the
+micro batch with which a CPU trains large models; 64 on a GPU). `speedups` has other batches and sizes, and inference.
+Both networks have the same weights and images, and their steps alternate. A figure is the median over all rounds of the
+ratio within one round. On a GPU the steps run under bf16 autocast, against timm eager and timm compiled. On a CPU they
+run in fp32; memory is there the growth of the resident set in a separate process. The last line of standard output is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Step = Callable[[], None]
 
 
 class Case(NamedTuple):
-    """What is timed: pixels, window in tokens, images, with or without a backward pass."""
+    """What is timed: pixels, window in tokens, images, with or without backward pass."""
 
     img_size: int
     window: int
@@ -43,14 +44,14 @@ class Case(NamedTuple):
 
 
 def cases(batch: int, quick: bool) -> list[Case]:
-    """The first is the one that the figures without a name belong to."""
+    """Return the cases; the first is the one of `speedup` and the other figures without a case name."""
     some = [Case(192, 12, batch), Case(192, 12, 4 * batch), Case(224, 14, batch), Case(192, 12, batch, training=False)]
     more = [Case(192, 12, 8 * batch), Case(224, 7, batch), Case(256, 8, batch), Case(224, 14, batch, training=False)]
     return some if quick else [*some, *more]
 
 
 def pair(name: str, case: Case, device: torch.device) -> dict[str, nn.Module]:
-    """Ours and timm's with the same weights, residual branches awake."""
+    """Return dsmim's and timm's network with the same weights, none of which is zero."""
     options = {"img_size": case.img_size, "window_size": case.window, "num_classes": 0}
     torch.manual_seed(0)
     ours = create_model(name, **options)
@@ -64,7 +65,7 @@ def pair(name: str, case: Case, device: torch.device) -> dict[str, nn.Module]:
 
 
 def step_of(model: nn.Module, images: torch.Tensor, training: bool) -> Step:
-    """One forward pass, and one backward pass in training."""
+    """Return a function that runs one forward pass, and in training one backward pass."""
     device = images.device.type
 
     def step() -> None:
@@ -80,7 +81,7 @@ def step_of(model: nn.Module, images: torch.Tensor, training: bool) -> Step:
 
 
 def steps_of(name: str, case: Case, device: torch.device) -> dict[str, Step]:
-    """Everything that takes turns."""
+    """Return all steps that alternate, by name."""
     images = torch.randn(case.batch, 3, case.img_size, case.img_size, device=device)
     models = pair(name, case, device)
     if not case.training:
@@ -94,7 +95,7 @@ def steps_of(name: str, case: Case, device: torch.device) -> dict[str, Step]:
 
 
 def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every step in every round, after one that is not counted."""
+    """Return the seconds of every step in every round, after one round that is not counted."""
     seconds: dict[str, list[float]] = {key: [] for key in steps}
     for number in range(rounds + 1):
         for key, step in steps.items():
@@ -105,11 +106,12 @@ def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
 
 
 def ratio(seconds: dict[str, list[float]], above: str, below: str = "dsmim") -> float:
+    """Return the median over the rounds of one step's time divided by another's."""
     return round(statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True)), 3)
 
 
 def peak_memory(name: str, case: Case, batch: int, which: str, device: torch.device) -> int:
-    """Bytes that two training steps need beyond the weights: allocated on the GPU, else resident, in a new process."""
+    """Return the bytes that two training steps add: allocated on the GPU, or resident in a new process."""
     if device.type == "cuda":
         return _grown(name, case, which, device)
     command = [sys.executable, __file__, "--model", name, "--batch", str(batch), "--memory-of", which]
@@ -120,7 +122,7 @@ def _grown(name: str, case: Case, which: str, device: torch.device) -> int:
     images = torch.randn(case.batch, 3, case.img_size, case.img_size, device=device)
     step = step_of(pair(name, case, device)[which], images, training=True)
     memory = PeakMemory(device)
-    before = memory.read()  # right after the reset the peak is what is there
+    before = memory.read()  # directly after the reset, the peak is the current memory
     step()
     step()
     return memory.read() - before
@@ -128,7 +130,7 @@ def _grown(name: str, case: Case, which: str, device: torch.device) -> int:
 
 @torch.no_grad()
 def output_difference(name: str, case: Case) -> float:
-    """Largest difference of the features in fp32 on the CPU, relative to the largest feature."""
+    """Return the largest difference of the features in fp32 on the CPU, relative to the largest feature."""
     models = pair(name, case, torch.device("cpu"))
     images = torch.randn(1, 3, case.img_size, case.img_size)
     ours, theirs = (models[key].eval()(images) for key in ("dsmim", "timm"))

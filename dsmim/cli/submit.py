@@ -38,9 +38,9 @@ def add_submit(commands) -> None:
 def _submit(options: argparse.Namespace) -> None:
     from dsmim.cluster.submit import submit, why_unavailable
 
-    without = why_unavailable()
-    if without and not options.dry_run:
-        raise ValueError(f"{without}; submit on the cluster's login node (--dry-run prints the script anywhere)")
+    no_slurm = why_unavailable()
+    if no_slurm and not options.dry_run:
+        raise ValueError(f"{no_slurm}; submit on the cluster's login node (--dry-run prints the script anywhere)")
     overrides = [*options.set, *options.overrides]
     run_dir, recipe, problems = _checked(options, overrides)
     stamp = time.strftime("%Y%m%d-%H%M%S")

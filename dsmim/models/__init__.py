@@ -1,4 +1,4 @@
-"""Networks only: built by name, plain torch, no engine and no data."""
+"""The networks, built by name: plain torch, without engine and data."""
 
 from dsmim.models.attention.window import fix_position_bias
 from dsmim.models.blocks import Recompute, compile_blocks

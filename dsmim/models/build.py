@@ -1,11 +1,11 @@
-"""Networks come into being in two moves: their shape, without memory, then their weights, module by module.
+"""Create networks in two steps: first their shape, without memory; then their weights, module by module.
 
     model = create_model(…, device="meta")         # shapes, names and buffers; parameters take no memory
-    for module in materialise(model, weights): …   # each module's parameters, filled when the caller is ready for them
+    for module in materialise(model, weights): …   # the parameters of one module, filled when the caller asks for them
 
-In between lies what a billion parameters need: the caller can send a module's weights to a GPU, or cut them into
-ZeRO-3's shards, before the next module's exist. `zero.Init` cannot give that with right numbers: the initialisers of
-timm's networks then write into tensors that it has emptied already, without a word.
+A billion parameters need this: the caller can send a module's weights to a GPU, or keep only its shard (ZeRO-3), before
+the next module's weights exist. `zero.Init` around the constructor would give wrong numbers: the initialisers of timm's
+networks would write into tensors that it has already emptied, without any error.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from dsmim.models.initialise import initialise
 
 
 def materialise(model: nn.Module, weights: Mapping[str, torch.Tensor] | None = None) -> Iterator[nn.Module]:
-    """Yield every module that has parameters of its own, in the model's order, once those lie filled in host memory.
+    """Yield every module that has its own parameters, in the model's order, after filling them in host memory.
 
-    They are filled with NaN, initialised, and then overwritten by `weights` (full name of a parameter or saved buffer →
-    tensor of its shape) where it has them. What is not on the meta device is left as it is, but for `weights`.
-    AssertionError names a parameter that no initialiser wrote.
+    Parameters on the meta device are filled with NaN and initialised. Then `weights` (full name of a parameter or saved
+    buffer → tensor of its shape) overwrites what it names, on the meta device or not. Nothing else is changed.
+    Raises AssertionError, which names a parameter that no initialiser wrote.
     """
     weights = weights or {}
     for prefix, module in model.named_modules():
@@ -36,7 +36,7 @@ def materialise(model: nn.Module, weights: Mapping[str, torch.Tensor] | None = N
 
 
 def materialised(model: nn.Module) -> nn.Module:
-    """The model with all its parameters initialised in host memory."""
+    """Return the model after initialising all its parameters in host memory."""
     for _ in materialise(model):
         pass
     return model

@@ -1,4 +1,4 @@
-"""How much a forward pass multiplies, counted on the network itself, without memory."""
+"""Count the multiplications of a forward pass on the network itself, without memory."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @torch.no_grad()
 def forward_macs(model: nn.Module, img_size: int) -> int:
-    """Multiply-accumulates of one image through a model on the meta device: matrix products and convolutions.
+    """Return the multiply-accumulates of one image in a model on the meta device: matrix products and convolutions.
 
-    The papers' "FLOPs" are these (a multiplication and its addition count once). What a batch shares, such as Swin
-    V2's position-bias MLP, is left out as the authors' `flops()` leave it out: the second image's cost is counted.
+    The papers call these "FLOPs" (a multiplication and its addition count once). What all images of a batch share, such
+    as Swin V2's position-bias MLP, is left out, as in the authors' `flops()`: the result is the cost of a second image.
     """
-    assert all(parameter.is_meta for parameter in model.parameters()), "count on the meta device"
+    assert all(parameter.is_meta for parameter in model.parameters()), "count on the meta device only"
     one, two = (_flops(model.eval(), torch.empty(size, 3, img_size, img_size, device="meta")) for size in (1, 2))
     return (two - one) // 2
 
 
 def _flops(model: nn.Module, images: torch.Tensor) -> int:
-    model.to("meta")  # buffers too
+    model.to("meta")  # the buffers too
     with FlopCounterMode(display=False) as counter:
         model(images)
     return counter.get_total_flops()

@@ -1,4 +1,4 @@
-"""Any network of timm, by `timm:NAME`, for fine-tuning: MAE's, BEiT's and many more pre-trained weights fit into it."""
+"""Any network of timm, named `timm:NAME`, for fine-tuning. Weights of MAE, BEiT and many others fit into these."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def build(
     img_size: int | None = None,
     options: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """timm's network, initialised by timm in host memory. Raises ValueError for a name or an option timm does not take.
+    """Return timm's network, initialised by timm in host memory.
 
-    img_size goes to networks that are built for one size (transformers); to others any image may be given. options:
-    further arguments of timm.create_model.
+    img_size is passed to networks that are built for one size (transformers); others take any image. options: further
+    arguments of timm.create_model. Raises ValueError for a name or an option that timm does not take.
     """
     entry = name.removeprefix(PREFIX)
     if not timm.is_model(entry):
@@ -30,7 +30,7 @@ def build(
         hint = f"; did you mean {PREFIX}{close[0]}?" if close else ""
         raise ValueError(f"model.name: timm has no model {entry!r}{hint}")
     options = {"num_classes": num_classes, **(options or {})}
-    if drop_path_rate:  # many networks have none
+    if drop_path_rate:  # many networks do not take it
         options["drop_path_rate"] = drop_path_rate
     if _built_for_one_size(entry):
         options["img_size"] = img_size
@@ -41,7 +41,7 @@ def build(
 
 
 def timm_arguments(name: str, options: dict[str, Any] | None = None, **settings) -> tuple[str, dict]:
-    """(entry point, arguments) of the network that `build` gives for these settings."""
+    """Return (entry point, arguments) of the network that `build` returns for these settings."""
     entry = name.removeprefix(PREFIX)
     if not _built_for_one_size(entry):
         settings.pop("img_size", None)
@@ -49,13 +49,15 @@ def timm_arguments(name: str, options: dict[str, Any] | None = None, **settings)
 
 
 def _built_for_one_size(entry: str) -> bool:
-    """Whether timm's network takes img_size: those do that have a patch embedding or windows of fixed size."""
+    """Return whether timm's network takes img_size. Those with a patch embedding or windows of fixed size do."""
     return timm.get_pretrained_cfg(entry, allow_unregistered=True).fixed_input_size
 
 
 def layer_ids(model: nn.Module) -> dict[str, int]:
-    """Parameter name → layer id, by timm's own grouping (`group_matcher`); the highest is the head. Raises ValueError
-    for a network without one."""
+    """Return parameter name → layer id, by timm's own grouping (`group_matcher`); the highest is the head.
+
+    Raises ValueError for a network without a grouping.
+    """
     if not hasattr(model, "group_matcher"):
-        raise ValueError(f"model.name: timm does not tell the layers of this network ({type(model).__name__})")
+        raise ValueError(f"model.name: timm gives no layer numbers for this network ({type(model).__name__})")
     return group_parameters(model, model.group_matcher(coarse=False), reverse=True)

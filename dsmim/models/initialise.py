@@ -1,7 +1,7 @@
-"""First weights, module by module, so that a model can be built whole or in parts (see build.py) with equal numbers.
+"""Set first weights, module by module, so that a model built whole and one built in parts (build.py) are equal.
 
-A model's own modules say how they start in `initialise()`; the rest is common to both papers' public code: truncated
-normal with deviation 0.02 for every linear layer, biases 0, torch's defaults for convolutions and norms
+Modules written here define their first values in `initialise()`. The rest is the same in both papers' public code:
+truncated normal with deviation 0.02 for every linear layer, 0 for biases, torch's defaults for convolutions and norms
 (microsoft/Swin-Transformer and facebookresearch/deit, `_init_weights`).
 """
 
@@ -14,7 +14,7 @@ DEVIATION = 0.02
 
 
 def initialise(module: nn.Module) -> None:
-    """Give a module's own parameters, not its children's, their first values."""
+    """Set the first values of a module's own parameters, not of its children's."""
     if hasattr(module, "initialise"):
         module.initialise()
     elif isinstance(module, nn.Linear):

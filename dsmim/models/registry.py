@@ -1,4 +1,4 @@
-"""Models by name."""
+"""Create models by name."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from dsmim.models.blocks import Recompute
 from dsmim.models.build import materialised
 from dsmim.models.swin_v2 import SwinTransformerV2
 
-# What a family alone takes
+# Options that only Swin V2 takes
 _ONLY_SWIN = ("window_size", "pretrained_window_sizes", "extra_norm_every", "sequential_stages")
 
 
 def model_names() -> list[str]:
-    """Every name of our own that create_model takes; `timm:NAME` gives any network of timm besides."""
+    """Return the names of dsmim's own networks; create_model also takes `timm:NAME` for any network of timm."""
     return [*swin_sizes.SIZES, *vit.SIZES]
 
 
 def create_model(name: str, device: str = "cpu", **options) -> nn.Module:
-    """Build a network with fresh fp32 weights in host memory, or on device "meta" without any (see build.py).
+    """Build a network with fresh fp32 weights in host memory, or without weights on device "meta" (see build.py).
 
-    Options: img_size (pixels), num_classes (0: no head, the forward gives pooled features), drop_path_rate; for Swin
-    window_size (tokens), pretrained_window_sizes (one per stage, 0: the window itself), extra_norm_every,
-    sequential_stages (see SwinTransformerV2); for timm:NAME options (a dict, see foreign.py). None means: not given.
-    A network of timm is always made, and initialised by timm, in host memory.
+    Options: img_size (pixels), num_classes (0: no head, the forward returns pooled features), drop_path_rate. Swin V2
+    also takes window_size (tokens), pretrained_window_sizes (one per stage, 0: the window itself), extra_norm_every and
+    sequential_stages (see SwinTransformerV2); timm:NAME also takes options (a dict, see foreign.py). None means not
+    given. timm's networks are always built, and initialised by timm, in host memory.
     Raises ValueError for an unknown name, with the nearest known one, and for options that the network does not take.
     """
     assert device in ("cpu", "meta"), device
@@ -44,14 +44,17 @@ def create_model(name: str, device: str = "cpu", **options) -> nn.Module:
 
 
 def layer_ids(model: nn.Module) -> dict[str, int]:
-    """Depth of every parameter for layer-wise learning-rate decay: 0 is the patch embedding, the highest the head."""
+    """Return parameter name → layer id, for layer-wise learning-rate decay: patch embedding 0, head highest.
+
+    Raises ValueError for a network of timm whose layers timm does not number.
+    """
     if isinstance(model, SwinTransformerV2):
         return swin_sizes.layer_ids(model)
     return vit.layer_ids(model) if isinstance(model, vit.DeiT3) else foreign.layer_ids(model)
 
 
 def set_recompute(model: nn.Module, recompute: Recompute) -> None:
-    """Choose the blocks under activation checkpointing. Raises ValueError where a network of timm cannot follow."""
+    """Choose the blocks to recompute. Raises ValueError for a choice that a network of timm does not support."""
     if hasattr(model, "set_recompute"):
         return model.set_recompute(recompute)
     if recompute.every > 1 or recompute.stages is not None:
@@ -61,8 +64,10 @@ def set_recompute(model: nn.Module, recompute: Recompute) -> None:
 
 
 def timm_arguments(name: str, **options) -> tuple[str, dict]:
-    """(entry point, keyword arguments) with which `timm.create_model` builds the same network. Raises ValueError where
-    timm has none."""
+    """Return (entry point, keyword arguments) with which `timm.create_model` builds the same network.
+
+    Raises ValueError when timm has no such network.
+    """
     if name.startswith(foreign.PREFIX):
         return foreign.timm_arguments(name, **_without_windows(name, options))
     family = _family(name)
@@ -81,7 +86,7 @@ def _family(name: str):
 
 def _without_timm_options(name: str, options: dict) -> dict:
     if options.get("options"):
-        raise ValueError(f"model.options: {name} is no network of timm; only {foreign.PREFIX}NAME takes them")
+        raise ValueError(f"model.options: {name} is not a network of timm; only {foreign.PREFIX}NAME takes options")
     return {key: value for key, value in options.items() if key != "options"}
 
 

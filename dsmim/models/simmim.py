@@ -1,4 +1,4 @@
-"""SimMIM (arXiv 2111.09886): predict the hidden pixels with one linear layer on the encoder's last map."""
+"""SimMIM (arXiv 2111.09886): predict the hidden pixels by one linear layer on the encoder's last map."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from dsmim.models.initialise import DEVIATION
 
 
 class SimMIM(nn.Module):
-    """A masked autoencoder around `encoder`, a network of ours without head.
+    """A masked autoencoder around `encoder`, a network of dsmim without head.
 
-    Its own parameters are made where the encoder's are: on the meta device, or filled (see build.py).
+    Its own parameters are created like the encoder's: on the meta device, or filled (see build.py).
 
     target_window: side in pixels (odd) of the sliding window that normalises the target; None: plain pixels.
-    Key names: `encoder.*` as timm names them, `mask_token`, and `decoder.0` as in microsoft/SimMIM.
+    Key names: `encoder.*` as in timm, `mask_token`, and `decoder.0` as in microsoft/SimMIM.
+    Raises ValueError for an encoder that is not dsmim's own.
     """
 
     def __init__(self, encoder: nn.Module, target_window: int | None = None):
@@ -36,14 +37,15 @@ class SimMIM(nn.Module):
             materialised(self)
 
     def initialise(self) -> None:
+        """Set the first value of the mask token; the encoder and the decoder have their own."""
         trunc_normal_(self.mask_token, std=DEVIATION)  # as microsoft/SimMIM for Swin
 
     def forward(self, images: torch.Tensor, mask: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-        """Mean absolute error over the hidden pixels and all channels.
+        """Return the mean absolute error over the hidden pixels and all channels.
 
         images (B, C, H, W), normalised; mask (B, H/patch, W/patch), true or 1 where hidden.
-        reduction "mean": a scalar, over the whole batch, as the authors compute it (their 1e-5 in the denominator
-        included); "image_sum": (B,), the plain sum of each image's absolute errors, for exact evaluation.
+        reduction "mean": a scalar over the whole batch, as the authors compute it (with their 1e-5 in the denominator);
+        "image_sum": (B,), the plain sum of each image's absolute errors, for exact evaluation.
         """
         assert reduction in ("mean", "image_sum"), reduction
         hidden = self.hidden_pixels(mask).float()
@@ -53,7 +55,10 @@ class SimMIM(nn.Module):
         return error.sum() / (hidden.sum() + 1e-5) / images.shape[1]
 
     def reconstruct(self, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The prediction for every pixel, (B, C, H, W), in the space of `target`."""
+        """Return the prediction of `target` for every pixel, (B, C, H, W).
+
+        Raises ValueError for a mask that does not have the shape of the tokens.
+        """
         x = self.encoder.tokens(images)  # (B, h, w, D)
         if mask.shape != x.shape[:3]:
             raise ValueError(f"mask has shape {tuple(mask.shape)}, the tokens {tuple(x.shape[:3])}")
@@ -62,17 +67,17 @@ class SimMIM(nn.Module):
         return self.decoder(self.encoder.encode(x))
 
     def target(self, images: torch.Tensor) -> torch.Tensor:
-        """What is predicted: the images, or the images normalised within a sliding window."""
+        """Return what is predicted: the images, or the images normalised within a sliding window."""
         images = images.float()
         return images if self.target_window is None else sliding_norm(images, self.target_window)
 
     def hidden_pixels(self, mask: torch.Tensor) -> torch.Tensor:
-        """(B, h, w) token mask → (B, 1, H, W) pixel mask."""
+        """Return a token mask (B, h, w) as a pixel mask (B, 1, H, W)."""
         return mask.repeat_interleave(self.patch, 1).repeat_interleave(self.patch, 2).unsqueeze(1)
 
 
 def sliding_norm(images: torch.Tensor, window: int) -> torch.Tensor:
-    """Every pixel of (B, C, H, W) normalised by the mean and deviation of the window around it, per channel.
+    """Normalise every pixel of (B, C, H, W) by the mean and deviation of the window around it, per channel.
 
     Source: NORM_TARGET in microsoft/Swin-Transformer's SimMIM configurations for Swin V2 (47 pixels).
     """
@@ -81,13 +86,13 @@ def sliding_norm(images: torch.Tensor, window: int) -> torch.Tensor:
 
 
 def sliding_statistics(images: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean, and square root of the unbiased variance plus 1e-6, of the window around every pixel, per channel.
+    """Return mean, and square root of the unbiased variance plus 1e-6, of the window around every pixel, per channel.
 
-    images (B, C, H, W); window: side in pixels, odd; it is cut at the border.
+    images (B, C, H, W); window: side in pixels, odd. At the border the window is cut.
     """
     assert window % 2, window
     count = _window_sum(torch.ones_like(images[:1, :1]), window)  # (1, 1, H, W): pixels inside, fewer at the border
-    # Centred first: the variance is a difference of two sums and would lose digits to a large mean.
+    # First subtract the mean: the variance is a difference of two sums and would lose digits to a large mean.
     centre = images.mean(dim=(2, 3), keepdim=True)
     shifted = images - centre
     mean = _window_sum(shifted, window) / count
@@ -97,9 +102,9 @@ def sliding_statistics(images: torch.Tensor, window: int) -> tuple[torch.Tensor,
 
 
 def _window_sum(x: torch.Tensor, window: int) -> torch.Tensor:
-    """Sum over the window around every pixel, nothing beyond the border: differences of running sums, by dimension.
+    """Return the sum over the window around every pixel, cut at the border: differences of running sums, per dimension.
 
-    Its cost does not grow with the window, unlike average pooling's, and autocast leaves running sums in fp32.
+    The cost does not grow with the window, unlike that of average pooling. Autocast keeps running sums in fp32.
     """
     for dim in (2, 3):
         size, half = x.shape[dim], window // 2

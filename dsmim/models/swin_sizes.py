@@ -1,4 +1,4 @@
-"""The published sizes of Swin Transformer V2, and what else depends on the family."""
+"""The published sizes of Swin Transformer V2, and the functions that create_model needs for this family."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 from dsmim.models.swin_v2 import SwinTransformerV2
 
 # Width of stage 1, blocks per stage, heads per stage (head width 32 throughout).
-# tiny, small, base, large: arXiv 2111.09883 and microsoft/Swin-Transformer configs/swinv2; huge, giant3b ("G"): width
-# and depths of that paper. Heads of huge are not published: 32 channels each, as everywhere else, is an inference.
-# giant is arXiv 2206.04664's "g" of 1.06 B, whose table is an image: width and depths by its released weights' size and
-# by third-party code that loads them. nano is ours, for CPUs.
+# tiny, small, base, large: arXiv 2111.09883 and microsoft/Swin-Transformer configs/swinv2. huge, giant3b ("G"): width
+# and depths from the same paper. The heads of huge are not published; 32 channels per head, as in all other sizes, is
+# an inference. giant is the "g" of 1.06 B in arXiv 2206.04664, whose table is an image; its width and depths come from
+# the size of the released weights and from third-party code that loads them. nano is ours, for CPUs.
 SIZES = {
     "swinv2_nano": dict(embed_dim=32, depths=(1, 1, 3, 1), num_heads=(1, 2, 4, 8)),
     "swinv2_tiny": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
@@ -34,9 +34,9 @@ def build(
     extra_norm_every: int = 0,
     sequential_stages: int = 0,
 ) -> SwinTransformerV2:
-    """The network `name` of SIZES; see SwinTransformerV2 for the options.
+    """Return the network `name` of SIZES; see SwinTransformerV2 for the options.
 
-    Raises ValueError for an img_size that is not a multiple of 32, a missing window, or another number of stages.
+    Raises ValueError for an img_size that is not a multiple of 32, a missing window, or a wrong number of stages.
     """
     stride = SwinTransformerV2.stride
     if img_size % stride:
@@ -61,7 +61,10 @@ def build(
 
 
 def timm_arguments(name: str, extra_norm_every: int = 0, sequential_stages: int = 0, **options) -> tuple[str, dict]:
-    """An entry point of timm and the arguments that turn it into `name`. Raises ValueError where timm has none."""
+    """Return an entry point of timm and the arguments that turn it into `name`.
+
+    Raises ValueError for a model with extra norms, which timm does not have.
+    """
     if extra_norm_every:
         raise ValueError(f"timm's Swin V2 has no extra norm (model.extra_norm_every={extra_norm_every} of {name})")
     options = {key: value for key, value in options.items() if value is not None}
@@ -69,8 +72,10 @@ def timm_arguments(name: str, extra_norm_every: int = 0, sequential_stages: int 
 
 
 def layer_ids(model: SwinTransformerV2) -> dict[str, int]:
-    """Parameter name → layer id as microsoft/SimMIM counts (get_swin_layer): patch embedding 0, block k of the whole
-    network k + 1, a downsampling layer with the last block before it, final norm and head one above all blocks.
+    """Return parameter name → layer id, as microsoft/SimMIM counts (get_swin_layer).
+
+    The patch embedding is 0, block k of the whole network k + 1. A downsampling layer has the id of the last block
+    before it. The final norm and the head are one above all blocks.
     """
     depths = [len(stage.blocks) for stage in model.layers]
     return {name: _layer_id(name, depths) for name, _ in model.named_parameters()}
@@ -79,7 +84,7 @@ def layer_ids(model: SwinTransformerV2) -> dict[str, int]:
 def _layer_id(name: str, depths: list[int]) -> int:
     if name.startswith("patch_embed."):
         return 0
-    if match := re.match(r"layers\.(\d+)\.downsample\.", name):  # timm puts it at the head of the next stage
+    if match := re.match(r"layers\.(\d+)\.downsample\.", name):  # in timm it is the first part of the next stage
         return sum(depths[: int(match[1])])
     if match := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name):
         return sum(depths[: int(match[1])]) + int(match[2]) + 1

@@ -1,9 +1,10 @@
 """Swin Transformer V2 (arXiv 2111.09883): the network, with timm's key names.
 
-Its outputs equal timm's implementation within rounding, which equals the authors' after renaming keys. Own code because
-what this project is for lies inside the block: attention, activation checkpointing, and parameters made in parts.
+Its outputs equal those of timm's implementation within rounding; timm's equals the authors' after renaming keys. It is
+written again here because the project changes the inside of a block: attention, activation checkpointing, and creation
+module by module.
 
-Shapes: maps are (B, H, W, C) throughout, as in timm.
+Shapes: all maps are (B, H, W, C), as in timm.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from dsmim.models.attention.window import WindowAttention
 from dsmim.models.blocks import Recompute, run
 
 PATCH = 4  # pixels; every published size uses it
-MASKED = -100.0  # microsoft/Swin-Transformer: added to scores between tokens that are no neighbours
+MASKED = -100.0  # microsoft/Swin-Transformer: added to scores of tokens that are not neighbours
 
 
 class ResPostNorm(nn.LayerNorm):
-    """The norm at the end of a residual branch. It starts at 0, so that every block starts as the identity."""
+    """The norm at the end of a residual branch. It starts at 0, so every block starts as the identity."""
 
     def initialise(self) -> None:
         nn.init.zeros_(self.weight)
@@ -29,8 +30,10 @@ class ResPostNorm(nn.LayerNorm):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382), per sample, kept samples scaled up. timm's holds its rate as a Python
-    number, of which torch.compile makes one graph each."""
+    """Stochastic depth (arXiv 1603.09382), per sample, with kept samples scaled up.
+
+    The rate is a buffer. timm's is a Python number, and torch.compile would make one graph for each rate.
+    """
 
     def __init__(self, rate: float):
         super().__init__()
@@ -44,10 +47,10 @@ class DropPath(nn.Module):
 
 
 class SwinTransformerV2Block(nn.Module):
-    """Attention in (shifted) windows, then an MLP, each normed before it is added; perhaps a norm after both.
+    """Attention in (shifted) windows, then an MLP, each normalised before it is added; perhaps a norm after both.
 
-    size: side of the map in tokens; extra_norm: LayerNorm on the main branch (section 3.2 of the paper), key `enorm`
-    as in the authors' later code.
+    size: side of the map in tokens. extra_norm: a LayerNorm on the main branch (section 3.2 of the paper), with the key
+    `enorm` of the authors' later code. coordinate_window: see WindowAttention; 0 means the window itself.
     """
 
     def __init__(self, dim: int, size: int, num_heads: int, window: int, shifted: bool, coordinate_window: int,
@@ -71,7 +74,7 @@ class SwinTransformerV2Block(nn.Module):
         return x if self.enorm is None else self.enorm(x)
 
     def mix(self, x: torch.Tensor) -> torch.Tensor:
-        """Attention within windows, on the map rolled by the shift and padded with zeros to whole windows."""
+        """Return attention within windows, on the map rolled by the shift and padded with zeros to whole windows."""
         _, H, W, _ = x.shape
         w, s = self.window, self.shift
         x = x.roll((-s, -s), (1, 2)) if s else x
@@ -96,7 +99,7 @@ class PatchMerging(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution, behind a PatchMerging but in the first stage (which is where timm puts it)."""
+    """Blocks at one resolution. All stages but the first begin with a PatchMerging, as in timm."""
 
     def __init__(self, number: int, first_block: int, blocks: list[nn.Module], dim: int):
         super().__init__()
@@ -112,9 +115,10 @@ class Stage(nn.Module):
 class SwinTransformerV2(nn.Module):
     """The whole network: images (B, 3, img_size, img_size) → logits (B, num_classes), or pooled features without head.
 
-    window_size: tokens, clamped to the map; pretrained_window_sizes: per stage, see WindowAttention (0: its window);
-    extra_norm_every: an extra norm behind each n-th block of a stage (0: none); sequential_stages: in so many first
-    stages windows are attended to a few at a time. The drop path rate grows linearly from block to block.
+    window_size: in tokens, clamped to the map. pretrained_window_sizes: the coordinate_window of each stage, see
+    WindowAttention (0: the window itself). extra_norm_every: an extra norm after each n-th block of a stage (0: none).
+    sequential_stages: number of first stages whose attention computes a few windows at a time. The drop path rate grows
+    linearly from block to block.
     """
 
     in_chans = 3
@@ -150,20 +154,21 @@ class SwinTransformerV2(nn.Module):
         return self.head(self.norm(self.layers(self.patch_embed(images))))
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) → (B, H/4, W/4, C): the patches that a mask token may replace."""
+        """Return the patches that a mask token may replace: (B, 3, H, W) → (B, H/4, W/4, C)."""
         return self.patch_embed(images)
 
     def encode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, h, w, C) tokens → (B, 8C, h/8, w/8) features."""
+        """Return the features of tokens: (B, h, w, C) → (B, 8C, h/8, w/8)."""
         return self.norm(self.layers(tokens)).permute(0, 3, 1, 2)
 
     def set_recompute(self, recompute: Recompute) -> None:
+        """Choose the blocks to recompute."""
         for stage in self.layers:
             stage.recompute = recompute
 
 
 def _mask(size: int, window: int, shift: int) -> torch.Tensor:
-    """(K, N, N) for the K windows of a rolled map: 0 between tokens that were neighbours before, else MASKED."""
+    """Return (K, N, N) for the K windows of a rolled map: 0 for tokens that were neighbours before, else MASKED."""
     edges = torch.zeros(size, device="cpu")
     edges[-window:-shift] = 1
     edges[-shift:] = 2

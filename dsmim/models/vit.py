@@ -1,8 +1,8 @@
 """Vision transformers as DeiT III trains them (arXiv 2204.07118), on timm's blocks and with its key names.
 
-What differs from timm's `deit3_*` entry points, which load the published weights well but start training otherwise
-(facebookresearch/deit, models_v2.py): LayerScale starts at 1e-4 at every depth, stochastic depth has the same rate in
-every block, class token and head start as truncated normals. The class token has no position.
+timm's `deit3_*` entry points load the published weights correctly but start training differently. Here, as in
+facebookresearch/deit (models_v2.py), LayerScale starts at 1e-4 at every depth, stochastic depth has the same rate in
+every block, and class token and head start as truncated normals. The class token has no position.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dsmim.models.initialise import DEVIATION
 
 LAYER_SCALE = 1e-4  # models_v2.py, init_values
 
-# facebookresearch/deit, models_v2.py; "x2": two attentions, then two MLPs, side by side. nano is ours, for CPUs.
-# timm's words for the paper's g and G: giant and gigantic.
+# facebookresearch/deit, models_v2.py; "x2": two attentions, then two MLPs, in parallel. nano is ours, for CPUs.
+# The paper's g and G have timm's names here: giant and gigantic.
 SIZES = {
     "deit3_nano_patch16": dict(patch_size=16, embed_dim=96, depth=4, num_heads=3),
     "deit3_tiny_patch16": dict(patch_size=16, embed_dim=192, depth=12, num_heads=3),
@@ -44,9 +44,9 @@ SIZES = {
 
 
 class DeiT3(VisionTransformer):
-    """timm's network, begun as DeiT III begins; images (B, 3, H, W) → logits (B, classes), or features without head.
+    """timm's network with DeiT III's first weights: images (B, 3, H, W) → logits (B, classes), or features (no head).
 
-    An image whose side is no multiple of the patch loses the rest: 160 pixels make 11 × 11 patches of 14.
+    If the image side is not a multiple of the patch, the rest is cut off: 160 pixels give 11 × 11 patches of 14.
     """
 
     def __init__(self, drop_path_rate: float, patch_size: int, **options):
@@ -60,6 +60,7 @@ class DeiT3(VisionTransformer):
             _uniform(block, drop_path_rate)
 
     def initialise(self) -> None:
+        """Set the first values of position embedding and class token; the layers inside have their own."""
         trunc_normal_(self.pos_embed, std=DEVIATION)
         trunc_normal_(self.cls_token, std=DEVIATION)
 
@@ -67,24 +68,25 @@ class DeiT3(VisionTransformer):
         return self._through(self.patch_embed(images))
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) → (B, H/patch, W/patch, D): the patches that a mask token may replace."""
+        """Return the patches that a mask token may replace: (B, 3, H, W) → (B, H/patch, W/patch, D)."""
         return self.patch_embed(images).unflatten(1, self.patch_embed.grid_size)
 
     def encode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, h, w, D) tokens → (B, D, h, w) features, the class token left out."""
+        """Return the features of tokens, without the class token: (B, h, w, D) → (B, D, h, w)."""
         B, h, w, D = tokens.shape
         return self._through(tokens.flatten(1, 2))[:, 1:].transpose(1, 2).reshape(B, D, h, w)
 
     def set_recompute(self, recompute: Recompute) -> None:
+        """Choose the blocks to recompute."""
         self.recompute = recompute
 
     def _through(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, N, D) patches → (B, 1 + N, D), normed."""
+        """Return all blocks' normalised output for patches: (B, L, D) → (B, 1 + L, D)."""
         return self.norm(run(self.blocks, self._pos_embed(x), self.recompute))
 
 
 def build(name: str, img_size: int = 224, num_classes: int = 0, drop_path_rate: float = 0.0) -> DeiT3:
-    """The network `name` of SIZES. Raises ValueError for an image smaller than a patch."""
+    """Return the network `name` of SIZES. Raises ValueError for an image smaller than a patch."""
     size = dict(SIZES[name])
     if img_size < size["patch_size"]:
         raise ValueError(f"model.img_size: {img_size} is less than a patch of {name}")
@@ -93,7 +95,7 @@ def build(name: str, img_size: int = 224, num_classes: int = 0, drop_path_rate: 
 
 
 def timm_arguments(name: str, **options) -> tuple[str, dict]:
-    """An entry point of timm and the arguments that turn it into `name`."""
+    """Return an entry point of timm and the arguments that turn it into `name`."""
     size = dict(SIZES[name])
     options = {key: value for key, value in options.items() if value is not None}
     if size.pop("parallel", False):
@@ -102,8 +104,10 @@ def timm_arguments(name: str, **options) -> tuple[str, dict]:
 
 
 def layer_ids(model: VisionTransformer) -> dict[str, int]:
-    """Parameter name → layer id as BEiT and MAE count (get_layer_id_for_vit): tokens, positions and patch embedding 0,
-    block i is i + 1, final norm and head one above all blocks."""
+    """Return parameter name → layer id, as BEiT and MAE count (get_layer_id_for_vit).
+
+    Class token, positions and patch embedding are 0, block i is i + 1, final norm and head are one above all blocks.
+    """
     return {name: _layer_id(name, len(model.blocks)) for name, _ in model.named_parameters()}
 
 
@@ -114,7 +118,7 @@ def _layer_id(name: str, depth: int) -> int:
 
 
 def _uniform(block: nn.Module, rate: float) -> None:
-    """The same drop path rate in every block (models_v2.py: dpr = [rate] * depth), LayerScale's first value."""
+    """Set drop path's rate, equal in all blocks (models_v2.py: dpr = [rate] * depth), and LayerScale's first value."""
     for name, module in list(block.named_modules()):
         if isinstance(module, LayerScale):
             module.init_values = LAYER_SCALE

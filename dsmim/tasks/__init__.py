@@ -1,4 +1,4 @@
-"""What is learned: a task joins a model, its loss, its metrics and its transforms."""
+"""What is learned: a task combines a model, its loss, its metrics and its transforms."""
 
 from dsmim.recipe import Recipe
 from dsmim.tasks.base import Task
@@ -9,5 +9,5 @@ __all__ = ["Task", "build_task"]
 
 
 def build_task(recipe: Recipe) -> Task:
-    """The task that the recipe names. Its model's parameters come into being by `fill`."""
+    """Return the task that the recipe names. `Task.fill` creates its model's parameters."""
     return {"simmim": MaskedImageModelling, "classify": Classify}[recipe.task.name](recipe)

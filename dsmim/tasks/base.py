@@ -1,4 +1,4 @@
-"""The contract between a task and the training loop, which does not know which task it runs."""
+"""The interface between a task and the training loop, which does not know which task it runs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dsmim.recipe import Recipe
 
 Batch = dict[str, Any]
 Forward = Callable[..., torch.Tensor]
-"""The engine, or a plain module: called like the task's model."""
+"""The engine, or a plain module; it is called like the task's model."""
 
 
 ARCHITECTURE = (
     "img_size", "window_size", "drop_path_rate", "pretrained_window_sizes", "extra_norm_every", "sequential_stages",
     "options",
 )  # fmt: skip
-"""Keys of the recipe's model section that create_model takes."""
+"""Keys of the recipe's `model` section that are passed to create_model."""
 
 
 class Task(ABC):
@@ -33,13 +33,14 @@ class Task(ABC):
     layers: dict[str, int]
     """Parameter name → layer id, for layer-wise learning-rate decay."""
     classes: int | None = None
-    """How many labels the samples must carry; None: none."""
+    """Number of classes that the samples' labels count; None: samples need no label."""
     train_sample: Callable[[Buffer, int | None], Batch]
-    """Encoded image and label → the tensors of one training sample; runs in a data worker."""
+    """Encoded image and label → the tensors of one training sample. It runs in a data worker."""
     eval_sample: Callable[[Buffer, int | None], Batch]
+    """The same for one sample of validation."""
 
     def fill(self, weights: Mapping[str, torch.Tensor] | None = None) -> Iterator[nn.Module]:
-        """Let the model's parameters come into being, one module at a time; see models/build.py."""
+        """Create the model's parameters, one module at a time; see materialise in models/build.py."""
         return materialise(self.model, weights)
 
     def check_micro_batch(self, size: int) -> None:
@@ -48,19 +49,19 @@ class Task(ABC):
 
     @abstractmethod
     def training_loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """Mean loss of a micro batch that lies on the device; batch["step"] is the optimizer step."""
+        """Return the mean loss of a micro batch on the device; batch["step"] is the optimizer step."""
 
     @abstractmethod
     def validation_sums(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """(K,) float64 sums over a batch's weighted samples, which add up over batches and ranks."""
+        """Return (K,) float64 sums over a batch's weighted samples; they can be added over batches and ranks."""
 
     @abstractmethod
     def metrics(self, sums: torch.Tensor) -> dict[str, float]:
-        """Named figures out of the sums over the whole set."""
+        """Return the named metrics, computed from the sums over the whole data set."""
 
 
 def encoder_from(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The recipe's network with a head of num_classes (0: none), its parameters on the meta device."""
+    """Return the recipe's network with a head of num_classes (0: none), with its parameters on the meta device."""
     settings = recipe.model
     model = create_model(
         settings.name, "meta", num_classes=num_classes, **settings.model_dump(include=set(ARCHITECTURE))

@@ -22,7 +22,7 @@ class _LabelledSample:
 
 
 class Classify(Task):
-    """Cross entropy over soft targets: label smoothing, mixup, CutMix."""
+    """Classification with cross entropy over soft targets: label smoothing, mixup, CutMix."""
 
     def __init__(self, recipe: Recipe):
         self.settings, self.seed = recipe.task, recipe.seed
@@ -35,7 +35,9 @@ class Classify(Task):
 
     def check_micro_batch(self, size: int) -> None:
         if size % 2 and (self.settings.mixup or self.settings.cutmix):
-            raise ValueError(f"batch.micro_batch: mixup and CutMix pair neighbours; {size} samples per rank are odd")
+            raise ValueError(
+                f"batch.micro_batch: mixup and CutMix pair neighbours; {size} samples per rank are odd, set an even one"
+            )
 
     def training_loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         images, targets = normalise(batch["image"]), self._targets(batch["label"])
@@ -56,6 +58,6 @@ class Classify(Task):
         return {"loss": loss / count, "accuracy": right / count, "samples": int(samples)}
 
     def _targets(self, labels: torch.Tensor) -> torch.Tensor:
-        """(B, classes): 1 - s on the label plus s / classes everywhere, as timm's mixup_target."""
+        """Return (B, classes): 1 - s on the label plus s / classes everywhere, as timm's mixup_target."""
         smoothing = self.settings.label_smoothing
         return F.one_hot(labels, self.classes).float() * (1 - smoothing) + smoothing / self.classes

@@ -1,8 +1,8 @@
 """Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899), paired by position in the global batch.
 
 timm mixes each sample with its mirror image in the local batch, which depends on the world size. Here neighbours
-(positions 2k and 2k + 1) are mixed, with one coefficient per optimizer step drawn from (seed, step): the same pairs
-and the same mix at any world size and accumulation.
+(positions 2k and 2k + 1) are mixed, with one coefficient per optimizer step that is drawn from (seed, step). So pairs
+and coefficient are the same at any world size and accumulation.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dsmim.recipe import ClassifyTask
 def mix(
     images: torch.Tensor, targets: torch.Tensor, settings: ClassifyTask, seed: int, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """images (B, C, H, W) and soft targets (B, K) → the same, mixed with their neighbours.
+    """Return images (B, C, H, W) and soft targets (B, K), each sample mixed with its neighbour.
 
-    B is even, and the first sample's position too, so that every sample has its neighbour.
+    B and the first sample's position are even, so that every sample has its neighbour in the batch.
     """
     assert len(images) % 2 == 0
     partner = torch.arange(len(images), device=images.device) ^ 1

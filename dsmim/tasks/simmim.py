@@ -13,7 +13,7 @@ from dsmim.tasks.base import Batch, Forward, Task, encoder_from
 
 
 class _MaskedSample:
-    """An augmented image and its mask. In evaluation the stream is keyed by the sample, hence the mask is fixed."""
+    """An augmented image and its mask. In evaluation the random stream is that of the sample, so its mask is fixed."""
 
     def __init__(self, recipe: Recipe, model_patch: int, transform: Transform):
         self.transform = transform

@@ -1,1 +1,1 @@
-"""Weights from other projects' files into our models, and ours into their formats."""
+"""Read weights from other projects' files into dsmim's models, and write dsmim's weights in their formats."""

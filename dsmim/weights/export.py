@@ -1,9 +1,9 @@
-"""`dsmim export`: a checkpoint's weights for tools that know nothing of DeepSpeed, or to start another run from.
+"""`dsmim export`: write a checkpoint's weights for tools that don't know DeepSpeed, or for the start of another run.
 
-timm      timm's names, which are ours; mask token and decoder have no place there
-authors   Swin V2: as the authors of SimMIM and Swin V2 release them, buffers included; DeiT III: as
+timm      timm's names, which are also dsmim's; without mask token and decoder, which timm does not have
+authors   Swin V2: as the authors of SimMIM and Swin V2 release them, with their buffers; DeiT III: as
           facebookresearch/deit
-dsmim     our names, everything
+dsmim     dsmim's names, everything
 """
 
 from __future__ import annotations
@@ -30,29 +30,30 @@ _SETTINGS = ("img_size", "window_size", "pretrained_window_sizes", "extra_norm_e
 
 
 def export(path: Path, out: Path, layout: str = "timm", which: str = "fp32") -> str:
-    """Write a checkpoint's fp32 weights (or those of a run's newest valid one) in a layout. Gives how to load them.
+    """Write the fp32 weights of a checkpoint, or of a run's newest valid checkpoint, in a layout.
 
-    which: "fp32", or "ema" for the moving average; `out` says the kind of file: .safetensors, or .pth as
-    torch.save({"model": …}). Raises ValueError when path is no checkpoint, or the network has no such layout.
+    Return the line that loads the file. which: "fp32", or "ema" for the moving average. The suffix of `out` decides the
+    kind of file: .safetensors, or .pth, written by torch.save({"model": …}). Raises ValueError when path is not a
+    checkpoint, or the network has no such layout.
     """
     assert layout in LAYOUTS, layout
     if out.suffix not in SUFFIXES:
-        raise ValueError(f"{out}: the name says the kind of file, one of {', '.join(SUFFIXES)}")
+        raise ValueError(f"{out}: the suffix decides the kind of file; it must be one of {', '.join(SUFFIXES)}")
     found = reading.locate(path)
     recipe = Recipe.model_validate(reading.read_state(found)["recipe"])
     write = {"timm": _timm, "authors": _authors, "dsmim": _dsmim}[layout]
-    state, metadata, words = write(recipe, zero_shards.read_weights(found, which), out)
+    state, metadata, how_to_load = write(recipe, zero_shards.read_weights(found, which), out)
     _save(state, {"format": "pt", **metadata, "source": recipe.name}, out, bare=layout == "authors")
-    return words
+    return how_to_load
 
 
 def _timm(recipe: Recipe, weights: State, out: Path) -> tuple[State, dict[str, str], str]:
     entry, arguments = timm_arguments(recipe.model.name, num_classes=_classes(recipe), **_settings(recipe))
     arguments = {key: value for key, value in arguments.items() if value is not None}
-    state, left = _encoder(weights)
+    state, left_out = _encoder(weights)
     listed = "".join(f"{key}={value!r}, " for key, value in arguments.items())
     metadata = {"architecture": entry, "model_args": json.dumps(arguments, default=repr)}
-    return state, metadata, f"{left}timm.create_model({entry!r}, {listed}checkpoint_path={str(out)!r})"
+    return state, metadata, f"{left_out}timm.create_model({entry!r}, {listed}checkpoint_path={str(out)!r})"
 
 
 def _dsmim(recipe: Recipe, weights: State, out: Path) -> tuple[State, dict[str, str], str]:
@@ -62,37 +63,37 @@ def _dsmim(recipe: Recipe, weights: State, out: Path) -> tuple[State, dict[str, 
 
 
 def _authors(recipe: Recipe, weights: State, out: Path) -> tuple[State, dict[str, str], str]:
-    name, left = recipe.model.name, ""
+    name, left_out = recipe.model.name, ""
     if name.startswith(PREFIX):
         raise ValueError(f"{name}: there is no authors' layout for networks of timm; use --to timm")
     model = create_model(name, device="meta", **_settings(recipe))
     if isinstance(model, SwinTransformerV2):
         state = swin_as_authors(model, weights, simmim=recipe.task.name == "simmim")
     else:
-        weights, left = _encoder(weights, "facebookresearch/deit")
+        weights, left_out = _encoder(weights, "facebookresearch/deit")
         state = _renamed(weights, layouts.to_deit)
-    words = f"torch.load({str(out)!r}, weights_only=True)['model']"
+    how_to_load = f"torch.load({str(out)!r}, weights_only=True)['model']"
     if out.suffix == ".safetensors":
-        words = f"safetensors.torch.load_file({str(out)!r})"
-    return state, {"architecture": name}, f"{left}{words}"
+        how_to_load = f"safetensors.torch.load_file({str(out)!r})"
+    return state, {"architecture": name}, f"{left_out}{how_to_load}"
 
 
 def swin_as_authors(model: SwinTransformerV2, weights: State, simmim: bool) -> State:
-    """Weights of the network, or of SimMIM around it, with the authors' names and buffers."""
+    """Return the weights of the network, or of SimMIM around it, with the authors' names and buffers."""
     buffers = {f"{'encoder.' * simmim}{name}": buffer for name, buffer in _buffers(model).items()}
-    if simmim:  # a parameter of the encoder there
+    if simmim:  # in the authors' files the mask token belongs to the encoder
         weights = {"encoder." * (name == "mask_token") + name: tensor for name, tensor in weights.items()}
     return _renamed(weights | buffers, lambda name: layouts.to_swin_authors(name, simmim))
 
 
 def _renamed(state: State, rename: Callable[[str], str]) -> State:
     renamed = {rename(name): tensor for name, tensor in state.items()}
-    assert len(renamed) == len(state), "two tensors got one name"
+    assert len(renamed) == len(state), "two tensors got the same name"
     return renamed
 
 
 def _buffers(model: SwinTransformerV2) -> State:
-    """Those that the authors' files hold beside the weights: per block two of its attention's, and its shift's mask."""
+    """Return the buffers in the authors' files: per block two of its attention, and the mask of a shifted block."""
     buffers = {}
     for number, stage in enumerate(model.layers):
         for place, block in enumerate(stage.blocks):
@@ -106,17 +107,17 @@ def _buffers(model: SwinTransformerV2) -> State:
 
 
 def _encoder(weights: State, whose: str = "timm") -> tuple[State, str]:
-    """The network without what masked image modelling adds, and a line that says what is left out."""
+    """Return the network without what masked image modelling adds, and a line that lists what is left out."""
     if "mask_token" not in weights:
         return weights, ""
     prefix = "encoder."
     kept = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     dropped = ", ".join(key for key in weights if not key.startswith(prefix))
-    return kept, f"# left out (no place in {whose}): {dropped}\n"
+    return kept, f"# left out ({whose} has no place for it): {dropped}\n"
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    """What of recipe.model shapes the network; what is not set is not there."""
+    """Return the settings of recipe.model that shape the network, without those that are not set."""
     found = recipe.model.model_dump(include=set(_SETTINGS))
     return {key: value for key, value in found.items() if value} | recipe.model.options
 
@@ -126,7 +127,7 @@ def _classes(recipe: Recipe) -> int:
 
 
 def _save(state: State, metadata: dict[str, str], out: Path, bare: bool) -> None:
-    """bare: as a .pth of the authors, nothing beside the weights."""
+    """Write the file. bare: a .pth has only the weights, as the authors' files, and no metadata."""
     out.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.contiguous() for key, value in state.items()}
     if out.suffix == ".safetensors":

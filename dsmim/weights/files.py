@@ -1,4 +1,4 @@
-"""Weights to start from: of our runs, and of files in anyone's layout."""
+"""Read weights to start from: from dsmim's runs, and from files in other projects' layouts."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ CONTAINERS = ("model", "state_dict", "module")  # DeiT, MAE, Swin, BEiT; Lightni
 
 
 def warm_start(model: nn.Module, path: Path | str, head: str | None = None) -> tuple[LoadReport, State]:
-    """What a run starts from: what of `path` goes into the model, by the full names of its parameters.
+    """Return what a run starts from: a report, and the weights of `path` by the model's full parameter names.
 
-    The model may be on the meta device. head: see models.heads.settle. Raises ValueError, in words that name the mend.
+    The model may be on the meta device. head: see heads.settle. Raises ValueError with the problem and the fix.
     """
     return match(model, read(Path(path)), head)
 
 
 def read(path: Path) -> Weights:
-    """The tensors of a run directory, a checkpoint, a .safetensors file, or a file of torch.save.
+    """Read the tensors of a run directory, a checkpoint, a .safetensors file, or a file written by torch.save.
 
-    Of the latter nothing but tensors and plain values is unpickled. Raises ValueError.
+    From files of torch.save only tensors and plain values are unpickled. Raises ValueError for a path that is none of
+    these, or that cannot be read.
     """
     if path.is_dir():
         return _read_checkpoint(reading.locate(path))
@@ -45,7 +46,8 @@ def read(path: Path) -> Weights:
         return _read_safetensors(path)
     if path.suffix in PICKLED:
         return _unwrapped(_load(path), str(path))
-    raise ValueError(f"{path}: weights are a run directory, a checkpoint, or {', '.join(('.safetensors', *PICKLED))}")
+    endings = ", ".join((".safetensors", *PICKLED))
+    raise ValueError(f"{path}: is not weights; give a run directory, a checkpoint, or a file that ends in {endings}")
 
 
 def _read_checkpoint(found: Path) -> Weights:
@@ -57,31 +59,31 @@ def _read_safetensors(path: Path) -> Weights:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
-    return Weights(_without_wrappers(tensors), str(path), windows=_told(metadata))
+    return Weights(_without_wrappers(tensors), str(path), windows=_windows_in(metadata))
 
 
 def _load(path: Path) -> Any:
-    """torch.load, without running code; large files are mapped, not read, where their format allows it."""
+    """Load a file of torch.save without running code; large files are memory-mapped where their format allows it."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the options that DeiT, MAE and BEiT keep beside
+        with torch.serialization.safe_globals([argparse.Namespace]):  # options, in DeiT's, MAE's and BEiT's files
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         wanted = re.findall(r"GLOBAL (\S+)", str(error))
-        what = f"wants to run {wanted[0]}" if wanted else "is no file of torch.save"
+        what = f"would run {wanted[0]}" if wanted else "is not a plain file of torch.save"
         raise ValueError(
-            f"{path}: {what}, which dsmim does not do with a file of others; if you trust it, keep its weights only: "
+            f"{path}: {what}; dsmim does not run code from files. If you trust the file, save only its weights: "
             f"torch.save({{'model': torch.load({str(path)!r}, weights_only=False)['model']}}, NEW_FILE)"
         ) from None
-    except Exception as error:  # of bytes that are no pickle, torch's reader raises anything
+    except Exception as error:  # for bytes that are not a pickle, torch's reader raises any kind of error
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path}: cannot be read ({reason})") from None
 
 
 def _unwrapped(content: Any, source: str) -> Weights:
-    """The weights inside what torch.save wrote, and what else there is."""
+    """Take the weights out of what torch.save wrote; note what else it holds."""
     left_out: dict[str, str] = {}
     metadata: Mapping[str, Any] = {}
     while isinstance(content, Mapping) and (inner := _container(content)):
@@ -92,10 +94,10 @@ def _unwrapped(content: Any, source: str) -> Weights:
     if not _named(content) or strange:
         entries = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(
-            f"{source}: {strange[0] if strange else 'nothing in it'} is no tensor of weights; wanted is a dict of "
-            f"tensors, alone or as {' or '.join(CONTAINERS)}; found: {entries[:300]}"
+            f"{source}: {f'{strange[0]} is not a tensor' if strange else 'holds no tensors'}; dsmim needs a dict of "
+            f"tensors, alone or under the key {' or '.join(CONTAINERS)}; found: {entries[:300]}"
         )
-    return Weights(_without_wrappers(content), source, left_out, _told(metadata))
+    return Weights(_without_wrappers(content), source, left_out, _windows_in(metadata))
 
 
 def _container(content: Mapping) -> str | None:
@@ -107,15 +109,15 @@ def _named(content: Any) -> bool:
 
 
 def _without_wrappers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names as before DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) wrapped the network."""
+    """Remove the prefixes that DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) add to names."""
     tensors = {key.replace("_orig_mod.", ""): value for key, value in tensors.items()}
     while tensors and all(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
     return tensors
 
 
-def _told(metadata: Mapping[str, Any]) -> Windows | None:
-    """Windows by the settings that our exports carry; None in files of others."""
+def _windows_in(metadata: Mapping[str, Any]) -> Windows | None:
+    """Return the windows by the settings in the metadata of dsmim's exports; None for other files."""
     try:
         return _windows(json.loads(metadata["model_args"]))
     except (KeyError, ValueError, TypeError, AttributeError):

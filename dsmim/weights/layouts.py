@@ -1,12 +1,12 @@
-"""Layouts of foreign files: recognised by their keys, and renamed to timm's names, which are ours.
+"""Recognise the layouts of foreign files by their keys, and rename the keys to timm's names, which are dsmim's.
 
-    authors' SimMIM release      Swin V2 behind `encoder.`, `attn.rpe_mlp`, downsampling at the end of a stage, buffers
+    authors' SimMIM release      Swin V2 under `encoder.`, `attn.rpe_mlp`, downsampling at the end of a stage, buffers
     microsoft/Swin-Transformer   the same without prefix and with `attn.cpb_mlp`, `head.weight`
     facebookresearch/deit        `gamma_1` for timm's `ls1.gamma`; parallel blocks `norm11`, `attn1`, `gamma_1_1`, …
     MAE                          a plain ViT; when pre-trained, `mask_token` and `decoder_…`
     BEiT                         `q_bias`, `v_bias`, tables of relative positions; when pre-trained, `lm_head`
 
-Files of timm, and exports of ours, need no renaming but for what they have around the network.
+Files of timm and dsmim's exports need no renaming, except for what they have around the network.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _PLAIN = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
 
 @dataclass
 class Native:
-    """A file under our names, and where each tensor came from."""
+    """A file under dsmim's names, and the origin of each tensor."""
 
     layout: str
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
-    """our name → key of the file"""
+    """dsmim's name → key of the file"""
     dropped: dict[str, str] = field(default_factory=dict)
-    """key of the file → why it has no place"""
+    """key of the file → why the model has no place for it"""
 
     def drop(self, key: str, reason: str) -> None:
-        """Leave out the tensor that we call `key`."""
+        """Leave out the tensor with dsmim's name `key`."""
         del self.tensors[key]
         self.dropped[self.origin.pop(key)] = reason
 
@@ -52,16 +52,16 @@ class _Layout:
     name: str
     rename: Callable[[str], str] = str
     drops: tuple[tuple[str, str], ...] = ()
-    """pattern of a key without prefix → why it has no place"""
+    """(pattern of a key without prefix, why the model has no place for it)"""
 
     def reason(self, key: str) -> str | None:
         return next((reason for pattern, reason in self.drops if re.search(pattern, key)), None)
 
 
 def to_native(tensors: Mapping[str, torch.Tensor], own: Collection[str], source: str) -> Native:
-    """The file under our names: the network's without prefix, with `mask_token` and `decoder.0.…` beside it.
+    """Return the file under dsmim's names: the network without prefix, plus `mask_token` and `decoder.0.…`.
 
-    own: the names that the model's tensors bear. Raises ValueError when two keys mean the same tensor.
+    own: the names of the model's tensors. Raises ValueError when two keys mean the same tensor.
     """
     bare = {key: _bare(key, own) for key in tensors}
     layout = _recognise(set(bare.values()), own)
@@ -72,13 +72,13 @@ def to_native(tensors: Mapping[str, torch.Tensor], own: Collection[str], source:
             continue
         name = layout.rename(bare[key])
         if name in native.origin:
-            raise ValueError(f"{source}: {native.origin[name]} and {key} both are the model's {name}")
+            raise ValueError(f"{source}: {native.origin[name]} and {key} both mean the model's {name}")
         native.tensors[name], native.origin[name] = tensor, key
     return native
 
 
 def to_swin_authors(name: str, simmim: bool) -> str:
-    """Our name of a Swin V2 tensor → the authors': of a SimMIM checkpoint (`encoder.` or not), or of a classifier."""
+    """Return the authors' name of a Swin V2 tensor, as in their SimMIM checkpoints or in their classifiers."""
     prefix, name = ("encoder.", name.removeprefix("encoder.")) if simmim else ("", name)
     if name.startswith("decoder."):
         return name
@@ -87,7 +87,7 @@ def to_swin_authors(name: str, simmim: bool) -> str:
 
 
 def to_deit(name: str) -> str:
-    """Our name of a ViT's tensor → facebookresearch/deit's."""
+    """Return facebookresearch/deit's name of a ViT's tensor."""
     for theirs, ours in [*_PARALLEL.items(), *_PLAIN.items()]:
         if match := re.fullmatch(rf"(blocks\.\d+)\.{re.escape(ours)}(\..+)?", name):
             return f"{match[1]}.{theirs}{match[2] or ''}"
@@ -95,7 +95,7 @@ def to_deit(name: str) -> str:
 
 
 def _bare(key: str, own: Collection[str]) -> str:
-    """Without SimMIM's prefix; some networks of timm have an `encoder` of their own."""
+    """Return the key without SimMIM's prefix, unless the network has its own part `encoder` (some of timm have)."""
     return key if any(name.startswith("encoder.") for name in own) else key.removeprefix("encoder.")
 
 
@@ -131,7 +131,7 @@ def _swin(keys: set[str]) -> _Layout:
 
 
 def _shift_downsampling(key: str, by: int) -> str:
-    """The authors count a downsampling to the stage before it, timm to the stage behind it."""
+    """Renumber: downsampling belongs to the stage before it in the authors' files, to the stage after it in timm."""
     return re.sub(r"^layers\.(\d+)\.downsample\.", lambda match: f"layers.{int(match[1]) + by}.downsample.", key)
 
 

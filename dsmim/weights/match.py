@@ -1,4 +1,4 @@
-"""Foreign weights into a model. Every key is accounted for: used, dropped for a named reason, or an error."""
+"""Match foreign weights to a model. Every key is used, dropped for a stated reason, or an error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dsmim.weights.layouts import MIM_ONLY, Native, to_native
 from dsmim.weights.swin_windows import Windows
 
 State = dict[str, torch.Tensor]
-_POOLED = "the model pools first and then norms (fc_norm)"
+_POOLED = "the model pools before its last norm (fc_norm)"
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ class Weights:
     tensors: Mapping[str, torch.Tensor]
     """by the file's keys"""
     source: str
-    """its name, for messages"""
+    """the file's name, for messages"""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """entries beside the weights → what they are"""
     windows: Windows | None = None
-    """of Swin V2, where the file's settings tell them"""
+    """of Swin V2, if the file's settings contain them"""
 
 
 @dataclass
 class LoadReport:
-    """What became of every key."""
+    """What happened to every key."""
 
     used: list[str] = field(default_factory=list)
     """keys of the file"""
@@ -45,9 +45,9 @@ class LoadReport:
     fresh: list[str] = field(default_factory=list)
     """the model's tensors that keep their initialisation"""
     changed: dict[str, str] = field(default_factory=dict)
-    """the model's tensors that are not as in the file → what was done"""
+    """the model's tensors that differ from the file → what was done"""
     layout: str = ""
-    """whose names the file's keys are"""
+    """the project whose names the file's keys are"""
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -63,11 +63,12 @@ class LoadReport:
 
 
 def match(model: nn.Module, weights: Weights, head: str | None = None) -> tuple[LoadReport, State]:
-    """What of a file goes into a model, whose parameters may be on the meta device and are not touched.
+    """Return a report, and the file's weights under the model's names and in its shapes.
 
-    head: see heads.settle. The state maps full names of the model's parameters (and of a timm network's persistent
-    buffers) to tensors of their shape. Raises ValueError when a key has no place, or a tensor of the model no weights:
-    only a head, what masked image modelling adds to an encoder, and the norm behind mean pooling may start fresh.
+    The model's parameters may be on the meta device; they are not changed. head: see heads.settle. The state maps full
+    names of the model's parameters (and of the persistent buffers of a network of timm) to tensors of their shape.
+    Raises ValueError when the model has no place for a key, or the file no weights for a tensor of the model. Only a
+    head, what masked image modelling adds to an encoder, and the norm after mean pooling may start fresh.
     """
     network, source = model.encoder if isinstance(model, SimMIM) else model, weights.source
     own = model.state_dict()
@@ -83,21 +84,21 @@ def match(model: nn.Module, weights: Weights, head: str | None = None) -> tuple[
     _check_complete(native, shapes, _may_be_fresh(native, network, shapes), source)
     report.used = sorted(set(native.origin.values()))
     report.dropped = native.dropped | dict(weights.left_out)
-    assert set(report.used) | set(native.dropped) == set(weights.tensors), "a key of the file went astray"
+    assert set(report.used) | set(native.dropped) == set(weights.tensors), "a key of the file was lost"
     return report, {names[name]: _full_precision(tensor) for name, tensor in native.tensors.items()}
 
 
 def complete(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> State:
-    """`match` for a checkpoint of the model's own kind. Raises ValueError when anything is missing or left over."""
+    """Match a checkpoint of the same model. Raises ValueError when anything is missing or left over."""
     has_head = heads.head_names(model, model.state_dict())
     report, fitting = match(model, Weights(state, source), head="keep" if has_head else None)
     if report.fresh or report.dropped:
-        raise ValueError(f"weights {source} are not this model's: {report}")
+        raise ValueError(f"weights {source} are not those of this model: {report}")
     return fitting
 
 
 def _check_swin(network: nn.Module, native: Native, weights: Weights, report: LoadReport) -> None:
-    """What shapes alone would not tell, or tell badly: windows, heads, extra norms."""
+    """Check what shapes alone do not show, or show badly: windows, heads, extra norms."""
     own = swin_windows.of_model(network)
     if own is None or "layers.0.blocks.0.attn.logit_scale" not in native.tensors:
         return
@@ -105,8 +106,8 @@ def _check_swin(network: nn.Module, native: Native, weights: Weights, report: Lo
     setting = "model.pretrained_window_sizes" if ours else "the network's option pretrained_window_sizes"
     _check_heads(network, native, weights.source)
     _check_extra_norms(network, native, weights.source)
-    told = swin_windows.from_buffers(weights.tensors, weights.source) or weights.windows
-    changed, notes = swin_windows.compare(told, own, weights.source, setting)
+    theirs = swin_windows.from_buffers(weights.tensors, weights.source) or weights.windows
+    changed, notes = swin_windows.compare(theirs, own, weights.source, setting)
     report.changed |= changed
     report.notes += notes
 
@@ -129,11 +130,11 @@ def _check_extra_norms(network: nn.Module, native: Native, source: str) -> None:
     every = min((block + 1 for _, block in theirs), default=0)
     depths = [len(stage.blocks) for stage in network.layers]
     regular = {(s, b) for s, depth in enumerate(depths) for b in range(depth) if every and (b + 1) % every == 0}
-    mend = f"set model.extra_norm_every={every}" if regular == theirs else "no model.extra_norm_every gives these"
+    fix = f"set model.extra_norm_every={every}" if regular == theirs else "no model.extra_norm_every gives these"
     if not isinstance(network, SwinTransformerV2):
-        mend = "timm's network has none, ours (swinv2_…) may"
+        fix = "timm's network cannot have them; use one of dsmim's (swinv2_…)"
     places = ", ".join(f"layers.{stage}.blocks.{block}" for stage, block in sorted(theirs)) or "no block"
-    raise ValueError(f"{source}: has extra norms (enorm) in {places}, the model in {len(own)} blocks; {mend}")
+    raise ValueError(f"{source}: has extra norms (enorm) in {places}, the model in {len(own)} blocks; {fix}")
 
 
 def _extra_norms(names: Mapping[str, torch.Tensor]) -> set[tuple[int, int]]:
@@ -145,16 +146,16 @@ def _drop_without_place(native: Native, shapes: Mapping[str, torch.Size]) -> Non
     for name in [name for name in native.tensors if name not in shapes]:
         if re.fullmatch(r"mask_token|decoder\.0\.(weight|bias)", name):
             native.drop(name, MIM_ONLY)
-        elif name in ("norm.weight", "norm.bias") and _norms_behind_pooling(native, shapes):
+        elif name in ("norm.weight", "norm.bias") and _norms_after_pooling(native, shapes):
             native.drop(name, _POOLED)
 
 
-def _norms_behind_pooling(native: Native, shapes: Mapping[str, torch.Size]) -> bool:
+def _norms_after_pooling(native: Native, shapes: Mapping[str, torch.Size]) -> bool:
     return "fc_norm.weight" in shapes and "norm.weight" not in shapes and "fc_norm.weight" not in native.tensors
 
 
 def _may_be_fresh(native: Native, network: nn.Module, shapes: Mapping[str, torch.Size]) -> set[str]:
-    """Groups of tensors that a file may lack: all of a group, or none."""
+    """Return the tensors that may be missing in the file: of a group (such as a head) all are missing, or none."""
     groups = [heads.head_names(network, shapes), ["mask_token"], ["decoder.0.weight", "decoder.0.bias"]]
     if _POOLED in native.dropped.values():
         groups.append(["fc_norm.weight", "fc_norm.bias"])

@@ -1,4 +1,4 @@
-"""A model made in parts is the model made whole, and no parameter is forgotten."""
+"""A model built module by module equals the model built whole, and no parameter stays uninitialised."""
 
 import pytest
 import torch
@@ -13,14 +13,14 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_parts_give_the_same_numbers_as_the_whole(name):
+def test_building_in_parts_gives_the_same_weights(name):
     torch.manual_seed(3)
     whole = create_model(name, num_classes=4, **OPTIONS[name])
     parts = create_model(name, "meta", num_classes=4, **OPTIONS[name])
     assert all(parameter.is_meta for parameter in parts.parameters())
     torch.manual_seed(3)
     taken = {}
-    for module in materialise(parts):  # as the engine does: what was given is taken away before the next comes
+    for module in materialise(parts):  # as the engine does, take a module's weights away before the next ones exist
         for parameter in module.parameters(recurse=False):
             taken[parameter] = parameter.data
             parameter.data = torch.empty(0)
@@ -31,8 +31,8 @@ def test_parts_give_the_same_numbers_as_the_whole(name):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_statistics_are_those_of_a_plain_build_by_timm(name):
-    """timm initialises the whole tree at once; DeiT III differs from it on purpose in class token, head, LayerScale."""
+def test_statistics_are_those_of_timm_s_first_weights(name):
+    """timm initialises the whole network at once. DeiT III differs on purpose: class token, head, LayerScale."""
     import timm
 
     from dsmim.models import timm_arguments
@@ -50,7 +50,7 @@ def test_statistics_are_those_of_a_plain_build_by_timm(name):
             assert value.mean().item() == pytest.approx(theirs[key].mean().item(), abs=0.3 * spread + 1e-6), key
 
 
-def test_a_forgotten_initialiser_shows():
+def test_a_parameter_without_initialiser_is_an_error():
     class Forgetful(nn.Module):
         def __init__(self):
             super().__init__()
@@ -65,7 +65,7 @@ def test_a_forgotten_initialiser_shows():
         materialised(model)
 
 
-def test_simmim_s_own_parameters_are_made_where_the_encoder_s_are():
+def test_simmim_s_own_parameters_are_created_like_the_encoder_s():
     options = {"img_size": 64, "window_size": 4}
     shape = SimMIM(create_model("swinv2_nano", "meta", **options))
     assert all(parameter.is_meta for parameter in shape.parameters())

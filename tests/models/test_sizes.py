@@ -92,6 +92,6 @@ def test_deit_at_other_resolutions_and_heads(name, img_size, classes, parameters
     assert size(create_model(name, "meta", img_size=img_size, num_classes=classes)) == parameters
 
 
-def test_every_model_is_in_a_table_or_said_to_be_ours():
+def test_every_model_is_in_a_table_or_is_ours():
     ours = {"swinv2_nano", "swinv2_tiny", "deit3_nano_patch16"}
     assert set(model_names()) == SWIN.keys() | DEIT.keys() | ours

@@ -1,4 +1,4 @@
-"""ViTs as DeiT III trains them, SimMIM around them, and networks of timm by name."""
+"""ViTs as DeiT III trains them, SimMIM with a ViT, and networks of timm by name."""
 
 import pytest
 import timm
@@ -8,11 +8,11 @@ from torch import nn
 
 from dsmim.data.masking import RandomMask
 from dsmim.models import Recompute, SimMIM, compile_blocks, create_model, layer_ids, set_recompute, timm_arguments
-from tests.models.test_models import slow_loss
-from tests.models.test_swin_v2 import awake
+from tests.models.networks import perturbed
+from tests.models.test_simmim import slow_loss
 
 
-def test_it_begins_as_the_paper_s_code_begins():
+def test_first_weights_are_those_of_the_authors_code():
     torch.manual_seed(0)
     model = create_model("deit3_tiny_patch16", img_size=224, num_classes=1000)
     spread = {name: p.std().item() for name, p in model.named_parameters() if p.numel() > 100 and p.ndim > 1}
@@ -25,7 +25,7 @@ def test_it_begins_as_the_paper_s_code_begins():
     assert all((p == 0).all() for name, p in model.named_parameters() if name.endswith("bias") and "patch" not in name)
 
 
-def test_every_block_drops_as_often():
+def test_drop_path_has_the_same_rate_in_every_block():
     for name in ("deit3_nano_patch16", "deit3_small_patch16_18x2"):
         model = create_model(name, "meta", img_size=64, drop_path_rate=0.3)
         rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
@@ -33,7 +33,7 @@ def test_every_block_drops_as_often():
         assert rates == [0.3] * per_block * len(model.blocks)
 
 
-def test_images_that_are_no_multiple_of_the_patch():
+def test_images_that_are_not_a_multiple_of_the_patch():
     model = create_model("deit3_huge_patch14", "meta", img_size=160, num_classes=10)
     assert model.pos_embed.shape[1] == 121 and model(torch.empty(1, 3, 160, 160, device="meta")).shape == (1, 10)
     assert create_model("deit3_huge_patch14", "meta", img_size=126).pos_embed.shape[1] == 81
@@ -42,7 +42,7 @@ def test_images_that_are_no_multiple_of_the_patch():
 def test_parallel_branches_are_a_sum():
     """models_v2.py: x += gamma_1 attn(norm1 x) + gamma_1_1 attn1(norm11 x), then the same of two MLPs."""
     model = create_model("deit3_small_patch16_18x2", "meta", img_size=32)
-    block = awake(model.blocks[0].to_empty(device="cpu").apply(_restart))
+    block = perturbed(model.blocks[0].to_empty(device="cpu").apply(_restart))
     x = torch.randn(2, 5, 384)
     expected = x + sum(a.ls(a.attn(a.norm(x))) for a in block.attns)
     expected = expected + sum(f.ls(f.mlp(f.norm(expected))) for f in block.ffns)
@@ -55,7 +55,7 @@ def _restart(module: nn.Module) -> None:
 
 
 def test_logits_equal_timm_s():
-    ours = awake(create_model("deit3_nano_patch16", img_size=64, num_classes=5)).eval()
+    ours = perturbed(create_model("deit3_nano_patch16", img_size=64, num_classes=5)).eval()
     entry, arguments = timm_arguments("deit3_nano_patch16", img_size=64, num_classes=5)
     theirs = timm.create_model(entry, **arguments).eval()
     theirs.load_state_dict(ours.state_dict())
@@ -63,26 +63,14 @@ def test_logits_equal_timm_s():
     assert torch.allclose(ours(images), theirs(images), atol=1e-6)
 
 
-def test_simmim_around_a_vit():
+def test_simmim_with_a_vit():
     torch.manual_seed(0)
-    model = awake(SimMIM(create_model("deit3_nano_patch16", img_size=64), target_window=7)).eval()
+    model = perturbed(SimMIM(create_model("deit3_nano_patch16", img_size=64), target_window=7)).eval()
     images, mask = torch.randn(2, 3, 64, 64), torch.stack([RandomMask(64, 32, 16, 0.5)() for _ in range(2)])
     assert model.reconstruct(images, mask).shape == images.shape
     assert model(images, mask).item() == pytest.approx(slow_loss(model, images, mask), rel=1e-5)
     changed = images + 100 * model.hidden_pixels(mask)
     assert torch.equal(model.reconstruct(images, mask), model.reconstruct(changed, mask))
-
-
-def test_layer_ids_of_a_vit():
-    ids = layer_ids(create_model("deit3_nano_patch16", "meta", img_size=64, num_classes=5))
-    assert {ids[name] for name in ("cls_token", "pos_embed", "patch_embed.proj.weight")} == {0}
-    assert ids["blocks.0.norm1.weight"] == 1 and ids["blocks.3.ls2.gamma"] == 4
-    assert ids["norm.weight"] == ids["head.bias"] == 5
-
-
-def test_windows_are_refused():
-    with pytest.raises(ValueError, match=r"model\.window_size: deit3_nano_patch16 has no windows"):
-        create_model("deit3_nano_patch16", img_size=64, window_size=4)
 
 
 @pytest.mark.parametrize(
@@ -110,11 +98,11 @@ def test_networks_of_timm(name, options):
 def test_networks_of_timm_without_drop_path_or_layers():
     model = create_model("timm:ghostnet_050", img_size=64, num_classes=3)
     assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 3)
-    with pytest.raises(ValueError, match="timm does not tell the layers of this network"):
+    with pytest.raises(ValueError, match="timm gives no layer numbers for this network"):
         layer_ids(nn.Linear(2, 2))
 
 
-def test_what_timm_does_not_take_is_told():
+def test_errors_for_what_timm_does_not_take():
     with pytest.raises(ValueError, match="did you mean timm:vit_tiny_patch16_224"):
         create_model("timm:vit_tiny_patch16_22", img_size=64)
     with pytest.raises(ValueError, match="does not take these settings"):

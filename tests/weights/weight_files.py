@@ -1,4 +1,4 @@
-"""Files in foreign layouts, made from independent networks of timm by renaming written here; and runs of ours."""
+"""Files in foreign layouts, made from independent networks of timm with keys renamed here; and runs of dsmim."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TINY = dict(embed_dim=64, depth=2, num_heads=2)
 
 
 def scrambled(model: nn.Module, seed: int = 0) -> nn.Module:
-    """In eval mode, with random numbers in every parameter, so that no part of it is without effect."""
+    """Return the model in eval mode, with random numbers in every parameter, so that each part has an effect."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -53,7 +53,7 @@ def timm_beit(**options) -> nn.Module:
 
 
 def swin_as_published(model: nn.Module) -> dict[str, torch.Tensor]:
-    """microsoft/Swin-Transformer's names of a Swin V2 of timm, with the buffers that its files carry."""
+    """Return timm's Swin V2 under microsoft/Swin-Transformer's names, with the buffers of its files."""
     state = {}
     for key, value in model.state_dict().items():
         if match := re.match(r"layers\.(\d)\.downsample\.(.+)", key):
@@ -70,7 +70,7 @@ def swin_as_published(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def swin_as_simmim(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The same behind the prefix, with the names and the further tensors of the authors' SimMIM release."""
+    """Return the same with the prefix, the names and the further tensors of the authors' SimMIM release."""
     state = {k.replace("cpb_mlp", "rpe_mlp"): v for k, v in swin_as_published(model).items() if "head." not in k}
     state["mask_token"] = torch.randn(1, 1, 32)
     decoder = {"decoder.0.weight": torch.randn(3072, 256, 1, 1), "decoder.0.bias": torch.randn(3072)}
@@ -78,7 +78,7 @@ def swin_as_simmim(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def deit_as_published(model: nn.Module) -> dict[str, torch.Tensor]:
-    """facebookresearch/deit's names of a DeiT III of timm."""
+    """Return timm's DeiT III under facebookresearch/deit's names."""
     state = {}
     for key, value in model.state_dict().items():
         key = re.sub(r"\.ls(\d)\.gamma$", r".gamma_\1", key)
@@ -94,7 +94,7 @@ def deit_as_published(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def beit_as_pretrained(model: nn.Module) -> dict[str, torch.Tensor]:
-    """unilm/beit's pre-trained file, of which `model` (with equal tables in all blocks) is the fine-tuning."""
+    """Return unilm/beit's pre-trained file for `model`, its fine-tuned form with equal tables in all blocks."""
     state = dict(model.state_dict())
     tables = [key for key in state if key.endswith("relative_position_bias_table")]
     state["rel_pos_bias.relative_position_bias_table"] = state[tables[0]]
@@ -106,13 +106,13 @@ def beit_as_pretrained(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def saved(path: Path, state: dict[str, torch.Tensor], **beside) -> Path:
-    """As the authors' scripts save: the weights as `model`, among other things."""
+    """Save as the authors' scripts do: the weights as `model`, among other things."""
     torch.save({"model": state, "args": argparse.Namespace(lr=1), **beside}, path)
     return path
 
 
 def started(model: nn.Module, path: Path, head: str | None = None):
-    """(report, the model filled from the file, in eval mode); the model may be on the meta device."""
+    """Return (report, the model filled from the file, in eval mode); the model may be on the meta device."""
     report, state = warm_start(model, path, head)
     for _ in materialise(model, state):
         pass
@@ -133,7 +133,7 @@ def nano_deit(num_classes: int = 5, img_size: int = 64) -> nn.Module:
 
 
 def run_directory(folder: Path, recipe: dict, model: nn.Module) -> Path:
-    """A run of dsmim with one checkpoint, as ZeRO stage 0 writes it (tests/distributed has real ones of all stages)."""
+    """Write a run with one checkpoint, as ZeRO stage 0 does (tests/distributed has real ones of all stages)."""
     checkpoint = folder / "checkpoints" / "step_00000007"
     checkpoint.mkdir(parents=True)
     buffers = sorted(model.state_dict().keys() - dict(model.named_parameters()).keys())
@@ -154,6 +154,13 @@ def images(size: int = 64) -> torch.Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def shadow(state: dict[str, torch.Tensor]) -> Weights:
-    """As Weights, without a file."""
+def in_memory(state: dict[str, torch.Tensor]) -> Weights:
+    """Return the tensors as Weights, without a file."""
     return Weights(state, "test")
+
+
+@torch.no_grad()
+def assert_same(ours, theirs, size=64):
+    expected = theirs(images(size))
+    assert expected.std() > 1e-3  # or the comparison says nothing
+    torch.testing.assert_close(ours(images(size)), expected, rtol=1e-4, atol=1e-4)

@@ -1,1 +1,1 @@
-"""Cosine attention in windows of Swin Transformer V2, in several implementations with equal results."""
+"""Cosine attention within windows (Swin Transformer V2), in three implementations with equal results."""

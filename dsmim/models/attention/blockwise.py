@@ -1,26 +1,74 @@
-"""Windowed cosine attention on a CPU: block by block, so that scores live in the caches and never in memory.
+"""Windowed cosine attention on a CPU, one block of windows at a time, so that the scores stay in the caches.
 
-Forward and backward are written out because that is what makes it fast: a few windows' scores fit into a core's caches,
-all windows' do not, and torch returns large tensors to the system, which zeroes their pages anew at every use. The
-backward pass computes a block's scores again. All of it is in fp32. Shapes: see cosine_attention.py; n windows of a
-block have heads first, (n·H, N, D).
+Forward and backward are written out because this makes them fast. The scores of a few windows fit into a core's caches;
+the scores of all windows do not. And torch returns large tensors to the system, which fills their pages with zeros at
+every new use. The backward pass computes the scores of a block again. All of it is in fp32.
+
+Shapes: see cosine.py. The n windows of a block are stored with their heads first: (n·H, N, D) and (n·H, N, N), one
+matrix per window and head.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
-TINY = 1e-12  # smallest norm divided by, as torch.nn.functional.normalize
-BLOCK = 2**20  # scores of one block: 4 MB
+# The derivation, for one window and one head. Rows are tokens: q, k, V and O are (N, D), S and P are (N, N). Products
+# written ∘ are element by element. dX is the gradient of the loss with respect to X. The code uses the same names.
+#
+# Forward. Each row of q and k is multiplied by one number, factor_q = scale / |q| and factor_k = 1 / |k|:
+#
+#   scaled_q = factor_q q                                 that is scale q̂
+#   unit_k = factor_k k                                   that is k̂
+#   S = scaled_q unit_kᵀ + bias + mask
+#   P = softmax(S), row by row
+#   O = P V
+#
+# Backward, where dO is given. From O = P V:
+#
+#   dV = Pᵀ dO
+#   dP = dO Vᵀ
+#
+# The softmax of a row has the Jacobian diag(p) - p pᵀ, where p is the row of P:
+#
+#   dS = P ∘ (dP - rowsum(P ∘ dP))
+#
+# S = scaled_q unit_kᵀ + bias + mask. All windows share the bias; the mask is constant:
+#
+#   dbias = Σ dS                                          over windows
+#   dscaled_q = dS unit_k
+#   dunit_k = dSᵀ scaled_q
+#
+# Through the normalisation. x̂ = x / |x| has the Jacobian (I - x̂ᵀ x̂) / |x| (x is a row): what reaches x is the gradient
+# without its part along x̂. For keys:
+#
+#   radial_k = rowsum(unit_k ∘ dunit_k)
+#   tangent_k = dunit_k - unit_k radial_k
+#   dk = factor_k tangent_k
+#
+# For queries, q̂ = scaled_q / scale gives a division by scale²:
+#
+#   radial_q = rowsum(scaled_q ∘ dscaled_q)
+#   tangent_q = dscaled_q - scaled_q radial_q / scale²
+#   dq = factor_q tangent_q
+#
+# And scaled_q = scale q̂, hence dscale = Σ rowsum(q̂ ∘ dscaled_q):
+#
+#   dscale = Σ radial_q / scale                           over tokens and windows
+#
+# A norm counts as TINY at least. A row of zeros then gives q̂ = 0, and its gradient factor_q dscaled_q is finite.
+
+TINY = 1e-12  # smallest norm to divide by, as in torch.nn.functional.normalize
+BLOCK = 2**20  # most scores in one block: 4 MB
 
 Tensor = torch.Tensor
 
 
 def blockwise(qkv: Tensor, window: int, scale: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(scale · q̂ k̂ᵀ + bias + mask) v in every window; see cosine_attention.py."""
+    """Return softmax(scale · q̂ k̂ᵀ + bias + mask) v for every window; shapes as in cosine.py."""
     return _Blockwise.apply(qkv, window, scale, bias, mask)
 
 
@@ -32,113 +80,162 @@ class _Blockwise(torch.autograd.Function):
         ctx.window = window
         out = qkv.new_empty(*qkv.shape[:3], *qkv.shape[4:])  # (B, height, width, H, D)
         for block in _blocks(qkv, window, norms, scale, bias, mask):
-            block.scatter(torch.bmm(block.p, block.v, out=block.spare[0]), out)
+            block.attend(out)
         return out.flatten(3)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad_out):
         qkv, norms, scale, bias, mask = ctx.saved_tensors
-        grad_qkv, grad_bias, along_q = torch.empty_like(qkv), torch.zeros_like(bias), torch.zeros(len(scale))
-        grad = grad.view(*qkv.shape[:3], *qkv.shape[4:])
-        into = grad_qkv.unbind(3)
+        grad_out = grad_out.view(*qkv.shape[:3], *qkv.shape[4:])  # (B, height, width, H, D)
+        grad_qkv, dbias, radial_q = torch.empty_like(qkv), torch.zeros_like(bias), torch.zeros(len(scale))
+        grad_q, grad_k, grad_v = grad_qkv.unbind(3)
         for block in _blocks(qkv, ctx.window, norms, scale, bias, mask):
-            along_q += block.backward(grad, into, scale, grad_bias)
-        return grad_qkv, None, (along_q.view_as(scale) / scale), grad_bias, None
+            block.backward_to_values(grad_out, grad_v)
+            dbias += block.backward_to_scores()
+            radial_q += block.backward_to_queries(scale, grad_q)
+            block.backward_to_keys(grad_k)
+        dscale = radial_q.view_as(scale) / scale
+        return grad_qkv, None, dscale, dbias, None
 
 
 def _blocks(qkv, window, norms, scale, bias, mask) -> Iterator[_Block]:
-    """Every window once, in blocks of at most BLOCK scores (or one window): several rows of windows, or part of one."""
+    """Yield every window once, in blocks of at most BLOCK scores (or one window): several rows of windows, or a part
+    of one row."""
     B, height, width, _, H, D = qkv.shape
     rows, columns, N = height // window, width // window, window**2
-    most = max(1, BLOCK // (H * N * N))  # windows
+    most = max(1, BLOCK // (H * N * N))  # windows in a block
     wide, high = min(most, columns), max(1, most // columns)
     factors = 1 / norms  # (B, height, width, 2, H)
     factors[..., 0, :] *= scale.view(-1)
-    scratch = _scratch(min(high, B * rows) * wide * H, N, D)
+    buffers = _Buffers.of_this_thread(min(high, B * rows) * wide * H, N, D)
     for top in range(0, B * rows, high):
         for left in range(0, columns, wide):
-            place = _Place(window, slice(top, min(top + high, B * rows)), slice(left, min(left + wide, columns)))
-            yield _Block(place, qkv, factors, bias, None if mask is None else place.masks(mask, rows), scratch)
+            part = _Part(window, slice(top, min(top + high, B * rows)), slice(left, min(left + wide, columns)))
+            yield _Block(part, qkv, factors, bias, None if mask is None else part.masks(mask, rows), buffers)
 
 
-class _Place:
-    """A block's windows: rows of windows, counted through all images, and columns."""
+class _Part:
+    """The place of a block's windows: rows of windows, counted through all images, and columns."""
 
     def __init__(self, window: int, rows: slice, columns: slice):
         self.window, self.rows, self.columns = window, rows, columns
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """(B, height, width, H, …) → (rows, columns, H, w, w, …): a view."""
+    def windows(self, x: Tensor) -> Tensor:
+        """Return a view of a map (B, height, width, H, …) as the block's windows, (rows, columns, H, w, w, …)."""
         w, (B, height, width, H, *rest) = self.window, x.shape
         x = x.view(B * height // w, w, width // w, w, H, *rest)[self.rows, :, self.columns]
         return x.permute(0, 2, 4, 1, 3, *range(5, x.ndim))
 
     def masks(self, mask: Tensor, rows: int) -> Tensor:
-        """(K, N, N) masks of an image's windows → those of the block, (rows, columns, 1, N, N)."""
-        which = torch.arange(self.rows.start, self.rows.stop) % rows
-        return mask.unflatten(0, (rows, -1))[which][:, self.columns].unsqueeze(2)
+        """Return the block's masks, (rows, columns, 1, N, N), out of those of an image's windows, (K, N, N)."""
+        row_in_image = torch.arange(self.rows.start, self.rows.stop) % rows
+        return mask.unflatten(0, (rows, -1))[row_in_image][:, self.columns].unsqueeze(2)
 
 
-class _Block:
-    """One block: q · scale, k̂, v (n·H, N, D) and the probabilities p (n·H, N, N), in shared buffers."""
+class _Buffers(NamedTuple):
+    """Memory for the matrices of one block: one buffer per quantity of the derivation."""
 
-    def __init__(self, place: _Place, qkv: Tensor, factors: Tensor, bias: Tensor, masks: Tensor | None, scratch):
-        self.place, self.factors = place, factors
-        q, k, v = (place(x) for x in qkv.unbind(3))  # (rows, columns, H, w, w, D)
-        self.shape = q.shape
-        flat = len(q) * q.shape[1] * q.shape[2]
-        scores, small = (x[:, :flat] for x in scratch)
-        self.q, self.k, self.v, *self.spare = small
-        for into, x, number in ((self.q, q, 0), (self.k, k, 1)):
-            torch.mul(x, self.factor(number), out=into.view(self.shape))
-        self.v.view(self.shape).copy_(v)
-        self.p, self.spare_scores = scores
-        every = self.p.view(*self.shape[:3], *bias.shape[1:])  # (rows, columns, H, N, N)
-        if masks is None:
-            every.copy_(bias)
-        else:
-            torch.add(bias, masks, out=every)
-        self.p.baddbmm_(self.q, self.k.transpose(1, 2))
-        torch.softmax(self.p, -1, out=self.p)
+    S: Tensor  # these four (n·H, N, N)
+    P: Tensor
+    dP: Tensor
+    dS: Tensor
+    scaled_q: Tensor  # from here on (n·H, N, D)
+    unit_k: Tensor
+    V: Tensor
+    O: Tensor  # noqa: E741 (the name in the derivation)
+    dO: Tensor
+    dV: Tensor
+    dscaled_q: Tensor
+    dunit_k: Tensor
+    product: Tensor  # inside a rowsum
+    tangent: Tensor  # tangent_q, then tangent_k
 
-    def factor(self, number: int) -> Tensor:
-        """scale / |q| (0) or 1 / |k| (1), (rows, columns, H, w, w, 1)."""
-        return self.place(self.factors[..., number, :]).unsqueeze(-1)
+    @classmethod
+    def of_this_thread(cls, matrices: int, N: int, D: int) -> _Buffers:
+        """Return buffers for so many matrices, in memory that the thread keeps from call to call."""
+        scores, tokens = 4 * matrices * N * N, 10 * matrices * N * D
+        kept = getattr(_LOCAL, "kept", None)
+        if kept is None or kept.numel() < scores + tokens:
+            with torch.inference_mode(False):  # else later calls could use it in inference mode only
+                kept = _LOCAL.kept = torch.empty(scores + tokens)
+        of_scores = kept[:scores].view(4, matrices, N, N)
+        of_tokens = kept[scores : scores + tokens].view(10, matrices, N, D)
+        return cls(*of_scores, *of_tokens)
 
-    def scatter(self, x: Tensor, into: Tensor) -> None:
-        """(n·H, N, D) to its windows of a map (B, height, width, H, D)."""
-        self.place(into).copy_(x.view(self.shape))
-
-    def backward(self, grad: Tensor, into: tuple[Tensor, ...], scale: Tensor, grad_bias: Tensor) -> Tensor:
-        """Write the gradients of q, k and v to their maps, add that of the bias; gives Σ scale · q̂ · dq̂ per head."""
-        g, x, y = self.spare
-        g.view(self.shape).copy_(self.place(grad))
-        self.scatter(torch.bmm(self.p.transpose(1, 2), g, out=x), into[2])
-        s = torch.bmm(g, self.v.transpose(1, 2), out=self.spare_scores)
-        torch.ops.aten._softmax_backward_data.out(s, self.p, -1, s.dtype, grad_input=s)
-        grad_bias += s.view(-1, *grad_bias.shape).sum(0)
-        every = (-1, *grad_bias.shape[:2], 1)  # (n, H, N, 1)
-        along = torch.mul(torch.bmm(s, self.k, out=x), self.q, out=y).sum(-1).view(every)
-        self._through_norm(x, self.q, along / scale**2, 0, into[0], y)
-        x = torch.bmm(s.transpose(1, 2), self.q, out=x)
-        self._through_norm(x, self.k, torch.mul(x, self.k, out=y).sum(-1), 1, into[1], y)
-        return along.sum((0, 2, 3))
-
-    def _through_norm(self, grad: Tensor, unit: Tensor, along: Tensor, number: int, into: Tensor, spare: Tensor):
-        """Towards x, where unit = f x and f = scale / |x|: f (grad - unit · along), along = unit · grad / scale²."""
-        torch.addcmul(grad, unit, along.reshape(*grad.shape[:2], 1), value=-1, out=grad)
-        torch.mul(grad.view(self.shape), self.factor(number), out=spare.view(self.shape))
-        self.scatter(spare, into)
+    def first(self, matrices: int) -> _Buffers:
+        """Return the part of every buffer that holds the first matrices."""
+        return _Buffers(*(buffer[:matrices] for buffer in self))
 
 
 _LOCAL = threading.local()
 
 
-def _scratch(matrices: int, N: int, D: int) -> tuple[Tensor, Tensor]:
-    """Buffers (2, matrices, N, N) and (6, matrices, N, D) of this thread, kept from call to call."""
-    scores, small = 2 * matrices * N * N, 6 * matrices * N * D
-    kept = getattr(_LOCAL, "kept", None)
-    if kept is None or kept.numel() < scores + small:
-        with torch.inference_mode(False):  # or it could be used in inference mode alone from then on
-            kept = _LOCAL.kept = torch.empty(scores + small)
-    return kept[:scores].view(2, matrices, N, N), kept[scores : scores + small].view(6, matrices, N, D)
+class _Block:
+    """One block of windows. Its methods are the steps of the derivation; each line computes the quantity it names."""
+
+    def __init__(
+        self, part: _Part, qkv: Tensor, factors: Tensor, bias: Tensor, masks: Tensor | None, buffers: _Buffers
+    ):
+        """Compute everything up to P."""
+        q, k, v = (part.windows(x) for x in qkv.unbind(3))  # (rows, columns, H, w, w, D)
+        self.part, self.shape, self.heads = part, q.shape, q.shape[2]
+        self.buffers = b = buffers.first(q.shape[:3].numel())
+        self.factor_q, self.factor_k = (part.windows(x).unsqueeze(-1) for x in factors.unbind(3))  # (…, w, w, 1)
+        torch.mul(q, self.factor_q, out=b.scaled_q.view(self.shape))
+        torch.mul(k, self.factor_k, out=b.unit_k.view(self.shape))
+        b.V.view(self.shape).copy_(v)
+        self._shift_scores(bias, masks)
+        b.S.baddbmm_(b.scaled_q, b.unit_k.mT)
+        torch.softmax(b.S, -1, out=b.P)
+
+    def _shift_scores(self, bias: Tensor, masks: Tensor | None) -> None:
+        """Begin S with its summands bias + mask."""
+        S = self.buffers.S.view(*self.shape[:3], *bias.shape[1:])  # (rows, columns, H, N, N)
+        if masks is None:
+            S.copy_(bias)
+        else:
+            torch.add(bias, masks, out=S)
+
+    def attend(self, out: Tensor) -> None:
+        """Write O to its windows of the map `out` (B, height, width, H, D)."""
+        b = self.buffers
+        torch.bmm(b.P, b.V, out=b.O)
+        self.part.windows(out).copy_(b.O.view(self.shape))
+
+    def backward_to_values(self, grad_out: Tensor, grad_v: Tensor) -> None:
+        """Read dO from its map, and write dV to its map."""
+        b = self.buffers
+        b.dO.view(self.shape).copy_(self.part.windows(grad_out))
+        torch.bmm(b.P.mT, b.dO, out=b.dV)
+        self.part.windows(grad_v).copy_(b.dV.view(self.shape))
+
+    def backward_to_scores(self) -> Tensor:
+        """Compute dS; return this block's part of dbias, (H, N, N)."""
+        b = self.buffers
+        torch.bmm(b.dO, b.V.mT, out=b.dP)
+        torch.ops.aten._softmax_backward_data.out(b.dP, b.P, -1, b.dP.dtype, grad_input=b.dS)
+        return b.dS.unflatten(0, (-1, self.heads)).sum(0)
+
+    def backward_to_queries(self, scale: Tensor, grad_q: Tensor) -> Tensor:
+        """Write dq to its map; return this block's part of Σ radial_q, (H,)."""
+        b = self.buffers
+        torch.bmm(b.dS, b.unit_k, out=b.dscaled_q)
+        radial_q = self._rowsum(b.scaled_q, b.dscaled_q).unflatten(0, (-1, self.heads))  # (n, H, N, 1)
+        self._through_norm(b.dscaled_q, b.scaled_q, (radial_q / scale**2).flatten(0, 1), self.factor_q, grad_q)
+        return radial_q.sum((0, 2, 3))
+
+    def backward_to_keys(self, grad_k: Tensor) -> None:
+        """Write dk to its map."""
+        b = self.buffers
+        torch.bmm(b.dS.mT, b.scaled_q, out=b.dunit_k)
+        radial_k = self._rowsum(b.unit_k, b.dunit_k)
+        self._through_norm(b.dunit_k, b.unit_k, radial_k, self.factor_k, grad_k)
+
+    def _rowsum(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return rowsum(x ∘ y), (n·H, N, 1)."""
+        return torch.mul(x, y, out=self.buffers.product).sum(-1, keepdim=True)
+
+    def _through_norm(self, grad: Tensor, x: Tensor, radial: Tensor, factor: Tensor, into: Tensor) -> None:
+        """Write factor · tangent, where tangent = grad - x radial, to its windows of the map `into`."""
+        tangent = torch.addcmul(grad, x, radial, value=-1, out=self.buffers.tangent)
+        torch.mul(tangent.view(self.shape), factor, out=self.part.windows(into))

@@ -1,4 +1,4 @@
-"""Attention in shifted windows with a continuous position bias: one block's mixing of tokens in Swin Transformer V2."""
+"""Attention within windows with a continuous position bias: how a Swin Transformer V2 block mixes tokens."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from torch.nn import functional as F
 
 from dsmim.models.attention.cosine import attend
 
-MAX_LOGIT_SCALE = math.log(100)  # microsoft/Swin-Transformer: the scale's logarithm is clamped there
+MAX_LOGIT_SCALE = math.log(100)  # microsoft/Swin-Transformer: largest logarithm of the scale
 FIRST_LOGIT_SCALE = math.log(10)
 BIAS_RANGE = 16  # microsoft/Swin-Transformer: bias = 16 sigmoid(MLP)
 MLP_WIDTH = 512  # microsoft/Swin-Transformer: width of the position-bias MLP
 
 
 class _Projection(nn.Linear):
-    """A linear layer whose bias comes from outside, so that its weight is used by its own forward (as ZeRO-3 likes)."""
+    """A linear layer whose bias is passed in. Its weight is used in its own forward, as ZeRO-3 needs."""
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, bias)
 
 
 class _ExactLinear(nn.Linear):
-    """A layer of an fp32 island: its weights are never rounded, not even on their way between ranks."""
+    """A layer of an fp32 island. Its weights are never rounded, not even when they are sent between ranks."""
 
     keep_fp32 = True
 
 
 class WindowAttention(nn.Module):
-    """Cosine attention of the tokens of a window among one another.
+    """Cosine attention between the tokens of each window. Key names are timm's.
 
-    window: side in tokens; coordinate_window: side of the window in which position coordinates have length 1, that of
-    the pre-training (Swin V2, section 3.3). Keys are timm's.
+    window: side in tokens. coordinate_window: side of the window in which position coordinates have length 1, which is
+    the window of the pre-training (Swin V2, section 3.3). in_sequence: see attend.
     """
 
     def __init__(self, dim: int, window: int, num_heads: int, coordinate_window: int, in_sequence: bool = False):
@@ -52,15 +52,16 @@ class WindowAttention(nn.Module):
         self.register_buffer("coordinates", _coordinates(window, coordinate_window), persistent=False)
         self.register_buffer("pairs", _pairs(window), persistent=False)
         self.fixed_bias: torch.Tensor | None = None
-        """The position bias (H, N, N) when the weights stand still; see fix_position_bias."""
+        """The position bias (H, N, N), computed once for weights that do not change; see fix_position_bias."""
 
     def initialise(self) -> None:
+        """Set the first values of the logit scale and the biases; the layers inside have their own."""
         nn.init.constant_(self.logit_scale, FIRST_LOGIT_SCALE)
         nn.init.zeros_(self.q_bias)
         nn.init.zeros_(self.v_bias)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """x (B, H, W, C), whole windows; mask (windows, N, N) is added to the scores, N = window²."""
+        """Return attention on x (B, H, W, C), K windows of N tokens; mask (K, N, N) is added to the scores."""
         qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = self.qkv(x, qkv_bias).unflatten(-1, (3, self.num_heads, -1))  # (B, H, W, 3, heads, D)
         with _exact(x.device):  # scale, bias and softmax stay in fp32
@@ -70,8 +71,11 @@ class WindowAttention(nn.Module):
         return self.proj(x)
 
     def position_bias(self) -> torch.Tensor:
-        """(H, N, N) in fp32. The largest entry of each head is subtracted: the softmax does not notice, and entries
-        that matter keep their digits where a kernel wants the bias in bfloat16."""
+        """Return the position bias (H, N, N) in fp32, minus its largest entry in each head.
+
+        The subtraction does not change the softmax. It keeps the digits of the entries that matter where a kernel needs
+        the bias in bfloat16.
+        """
         with _exact(self.coordinates.device):
             table = BIAS_RANGE * self.cpb_mlp(self.coordinates.float()).float().sigmoid()  # ((2w - 1)², H)
             table = (table - table.detach().amax(0)).t().contiguous()
@@ -93,10 +97,10 @@ class WindowAttention(nn.Module):
 
 @torch.no_grad()
 def fix_position_bias(model: nn.Module) -> None:
-    """Compute every position bias once, for inference with weights that stand still.
+    """Compute every position bias once, for inference with weights that do not change.
 
-    Undone by train(), eval(), load_state_dict() and moves to another device; call it again then. Not for a model under
-    ZeRO-3, whose schedule of gathers needs every forward to use the same modules.
+    train(), eval(), load_state_dict() and moves to another device undo this; then call it again. Don't use it for a
+    model under ZeRO-3, whose schedule of all-gathers needs every forward to use the same modules.
     """
     for module in model.modules():
         if isinstance(module, WindowAttention):
@@ -104,20 +108,22 @@ def fix_position_bias(model: nn.Module) -> None:
 
 
 def _exact(device: torch.device) -> AbstractContextManager:
-    """An fp32 island under autocast (which the meta device does not know)."""
+    """Return a context without autocast, for an fp32 island (the meta device has no autocast)."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _coordinates(window: int, coordinate_window: int) -> torch.Tensor:
-    """((2w - 1)², 2) log-spaced relative positions: sign(x) log2(1 + |8 x / (w' - 1)|) / log2 8 (Swin V2, eq. 4;
-    the 8 is microsoft/Swin-Transformer's)."""
+    """Return the ((2w - 1)², 2) log-spaced relative positions, sign(x) log2(1 + |8 x / (w' - 1)|) / log2 8.
+
+    Source: Swin V2, equation 4; the 8 is from microsoft/Swin-Transformer. w' is the coordinate window.
+    """
     steps = torch.arange(1 - window, window, device="cpu", dtype=torch.float32) * 8 / max(coordinate_window - 1, 1)
     steps = steps.sign() * (steps.abs() + 1).log2() / math.log2(8)
     return torch.cartesian_prod(steps, steps)
 
 
 def _pairs(window: int) -> torch.Tensor:
-    """(N²,) row of the coordinates that belongs to each pair of tokens."""
+    """Return, for each pair of tokens (N²,), the row of its relative position in `_coordinates`."""
     place = torch.arange(window, device="cpu")
     y, x = (axis.flatten() for axis in torch.meshgrid(place, place, indexing="ij"))
     dy, dx = (axis[:, None] - axis[None, :] + window - 1 for axis in (y, x))

@@ -1,4 +1,4 @@
-"""bfloat16 with its fp32 islands trains like fp32."""
+"""Training in bfloat16 with fp32 islands follows training in fp32."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Weights out: each layout is what its readers expect, and coming back through it is the identity, bit for bit."""
+"""Exported weights: each layout is what its readers expect; export and reading back give equal weights, bit for bit."""
 
 import json
 import re
@@ -53,17 +53,17 @@ def assert_identical(state, model):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_there_and_back_is_the_identity(tmp_path, layout, suffix):
+def test_export_and_back_is_the_identity(tmp_path, layout, suffix):
     run, model = simmim_run(tmp_path)
-    words = export(run, out := tmp_path / f"simmim{suffix}", layout)
+    line = export(run, out := tmp_path / f"simmim{suffix}", layout)
     report, state = warm_start(nano_simmim(), out)
     if layout == "timm":
-        assert words.startswith("# left out (no place in timm): mask_token, decoder.0.weight, decoder.0.bias\n")
+        assert line.startswith("# left out (timm has no place for it): mask_token, decoder.0.weight, decoder.0.bias\n")
         assert report.fresh == ["decoder.0.bias", "decoder.0.weight", "mask_token"]
         assert_identical({key.removeprefix("encoder."): value for key, value in state.items()}, model.encoder)
     else:
         assert_identical(state, model)
-    assert report.notes == []  # the file tells its windows
+    assert report.notes == []  # the file names its windows
     other, classifier = classifier_run(tmp_path / "fine", SWIN)
     export(other, out := tmp_path / f"classifier{suffix}", layout)
     assert_identical(warm_start(nano(), out, "keep")[1], classifier)
@@ -71,14 +71,14 @@ def test_there_and_back_is_the_identity(tmp_path, layout, suffix):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_deit3_there_and_back(tmp_path, layout, suffix):
+def test_deit3_export_and_back(tmp_path, layout, suffix):
     run, model = classifier_run(tmp_path, {"name": "deit3_nano_patch16", "img_size": 64})
     export(run, out := tmp_path / f"deit{suffix}", layout)
     assert_identical(warm_start(nano_deit(), out, "keep")[1], model)
     assert any("gamma_1" in key for key in read(out).tensors) == (layout == "authors")
 
 
-def test_parallel_blocks_there_and_back():
+def test_parallel_blocks_export_and_back():
     model = scrambled(DeiT3(0.0, 16, img_size=64, num_classes=5, block_fn=ParallelThingsBlock, **VIT))
     state = {to_deit(key): value for key, value in model.state_dict().items()}
     assert set(state) == set(deit_as_published(timm_deit(parallel=True)))
@@ -168,7 +168,7 @@ def test_keys_and_shapes_of_the_released_base_model():
     assert len(swin_as_authors(finetune, weights, simmim=False)) == 475
 
 
-def test_a_model_with_extra_norms_goes_to_its_authors_but_not_to_timm(tmp_path):
+def test_a_model_with_extra_norms_is_exported_for_its_authors_but_not_for_timm(tmp_path):
     run, model = simmim_run(tmp_path, extra_norm_every=2)
     with pytest.raises(ValueError, match=r"no extra norm"):
         export(run, tmp_path / "model.pth")
@@ -181,7 +181,9 @@ def test_a_model_with_extra_norms_goes_to_its_authors_but_not_to_timm(tmp_path):
 
 def test_what_cannot_be_exported(tmp_path):
     run, _ = simmim_run(tmp_path)
-    with pytest.raises(ValueError, match=r"model\.onnx: the name says the kind of file, one of \.safetensors, \.pth"):
+    with pytest.raises(
+        ValueError, match=r"model\.onnx: the suffix decides the kind of file; it must be one of \.safetensors, \.pth"
+    ):
         export(run, tmp_path / "model.onnx")
     with pytest.raises(ValueError, match="holds no valid checkpoint"):
         export(tmp_path, tmp_path / "model.pth")
