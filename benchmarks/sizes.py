@@ -25,7 +25,8 @@ QUICK = {"swinv2": (192, 224), "deit3": (160, 224)}
 # AdamW in fp32 under bf16 autocast: 4 bytes of weights, 4 of gradients, 8 of moments, 16 per parameter in all (as with
 # 16-bit weights and fp32 masters, arXiv 1910.02054). For each stage: bytes per parameter that every rank holds, and
 # bytes that are divided among the ranks. Stages 1 and 2 also divide a copy of the weights, the masters (DeepSpeed
-# runtime/zero/stage_1_and_2.py); at stage 3 weights and masters are the same memory (engine/zero_internals.py, share_masters).
+# runtime/zero/stage_1_and_2.py); at stage 3 weights and masters are the same memory (share_masters in
+# engine/zero_internals.py).
 # At stage 1 gradients are whole until the backward pass ends.
 WHOLE = 16
 BYTES = {0: (16, 0), 1: (8, 12), 2: (4, 16), 3: (0, 16)}

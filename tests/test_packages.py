@@ -20,7 +20,7 @@ def floors() -> list[str]:
     """docs/architecture.md's packages and root modules, from the roof to the ground. That page alone states them."""
     text = (ROOT / "docs/architecture.md").read_text()
     block = re.search(r"<!-- floors -->\n```\n(.*?)```", text, re.DOTALL)[1]
-    return [line.split()[0].removesuffix("/").removesuffix(".py") for line in block.splitlines() if line.strip()]
+    return [line.split()[0].removesuffix("/").removesuffix(".py") for line in block.splitlines() if line[:1].strip()]
 
 
 def module_name(file: Path) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsmim.checkpoint.reading import locate
-from dsmim.checkpoint.zero_shards import weights
+from dsmim.checkpoint.zero_shards import read_weights
 from tests.conftest import dsmim, run, tiny_recipe
 
 NOTEBOOK = """
@@ -65,7 +65,7 @@ def runs(tmp_path_factory, shards):
 
 @pytest.mark.parametrize("name", ["first", "second", "stopped"])
 def test_each_run_equals_the_one_of_a_process_of_its_own(runs, name):
-    one, other = (weights(locate(runs / run)) for run in (name, "alone"))
+    one, other = (read_weights(locate(runs / run)) for run in (name, "alone"))
     assert one.keys() == other.keys() and len(one) > 100
     assert all(torch.equal(value, other[key]) for key, value in one.items())
 
