@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmim.checkpoint import reading
-from dsmim.checkpoint.run_directory import changes_of
+from dsmim.checkpoint.run_directory import changed_error, changes_of
 from dsmim.data.from_recipe import training_shards, validation_shards
 from dsmim.data.order import accumulation_steps, training_order
 from dsmim.engine.ds_config import load_ds_config, owned_keys
@@ -111,10 +111,7 @@ def _check_weights(path: Path) -> None:
 def _check_same_run(run_dir: Path, state: dict[str, Any], recipe: Recipe, shards: list[ShardIndex] | None) -> None:
     data = state["data_fingerprint"] if shards is None else fingerprint(shards)
     if changes := changes_of(state, recipe, data):
-        raise ValueError(
-            f"{run_dir}: the run was started with another recipe ({'; '.join(changes)}); use another "
-            "--run-dir, restore the recipe, or continue with the new one: --fork"
-        )
+        raise changed_error(run_dir, changes)
 
 
 def _recipe_of_run(path: Path, overrides: list[str]) -> Recipe:

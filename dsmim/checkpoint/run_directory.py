@@ -83,7 +83,7 @@ class RunDirectory:
     def _compare(self, recipe: Recipe, data: str, fork: bool) -> None:
         changes = changes_of(self.state, recipe, data)
         if changes and not fork:
-            raise _changed_error(self.path, changes)
+            raise changed_error(self.path, changes)
         self.notes += [f"forked: {change}" for change in changes]
 
 
@@ -120,7 +120,8 @@ def _lock_directory(path: Path) -> TextIO:
     return lock
 
 
-def _changed_error(path: Path, changes: list[str]) -> ValueError:
+def changed_error(path: Path, changes: list[str]) -> ValueError:
+    """Return the error for a run whose recipe or data have changed; see changes_of."""
     listed = "".join(f"\n  {change}" for change in changes)
     return ValueError(
         f"{path}: the run was started with another recipe:{listed}\n"
