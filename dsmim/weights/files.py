@@ -60,7 +60,7 @@ def _read_safetensors(path: Path) -> Weights:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
-    return Weights(_without_wrappers(tensors), str(path), windows=_told(metadata))
+    return Weights(_without_wrappers(tensors), str(path), windows=_told(metadata), metadata=metadata)
 
 
 def _load(path: Path) -> Any:
@@ -95,7 +95,7 @@ def _unwrapped(content: Any, source: str) -> Weights:
             f"{source}: {strange[0] if strange else 'nothing in it'} is no tensor of weights; wanted is a dict of "
             f"tensors, alone or as {' or '.join(CONTAINERS)}; found: {entries[:300]}"
         )
-    return Weights(_without_wrappers(content), source, left_out, _told(metadata))
+    return Weights(_without_wrappers(content), source, left_out, _told(metadata), metadata)
 
 
 def _container(content: Mapping) -> str | None:
