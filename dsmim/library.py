@@ -36,7 +36,7 @@ _PREPARATION = ("eval_crop_ratio", "eval_interpolation")
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """What `dsmim evaluate` does to an image before the network sees it.
+    """The preparation of an image for the network, as `dsmim evaluate` does it.
 
     Takes encoded bytes, the path of an image file, a PIL image, or a uint8 tensor (3, H, W) or (1, H, W); gives float32
     (3, img_size, img_size), normalised. Bytes and paths are decoded as in training. An EXIF orientation is not applied,

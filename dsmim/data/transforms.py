@@ -35,13 +35,13 @@ def train_transform(augment: Augment, img_size: int) -> Transform:
 
 
 def eval_transform(augment: Augment, img_size: int) -> Transform:
-    """Decode, then `eval_crop`."""
+    """Return the transform that decodes and then does `eval_crop`."""
     return _Steps([decode, eval_crop(augment, img_size)])
 
 
 def eval_crop(augment: Augment, img_size: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Resize the short side of (3, H, W) uint8 to img_size / eval_crop_ratio, then crop the centre (timm's
-    evaluation)."""
+    """Return what turns (3, H, W) uint8 into (3, img_size, img_size): it resizes the short side to img_size /
+    eval_crop_ratio, then crops the centre (timm's evaluation)."""
     short = int(img_size / augment.eval_crop_ratio)
     resize = v2.Resize(short, interpolation=_mode(augment.eval_interpolation), antialias=True)
     return _Steps([resize, v2.CenterCrop(img_size)])
@@ -50,7 +50,7 @@ def eval_crop(augment: Augment, img_size: int) -> Callable[[torch.Tensor], torch
 def normalise(
     images: torch.Tensor, mean: Channels = IMAGENET_DEFAULT_MEAN, std: Channels = IMAGENET_DEFAULT_STD
 ) -> torch.Tensor:
-    """(B, 3, H, W) uint8 → float32 with a mean and standard deviation of pixels in 0 … 1, on the images' device."""
+    """Return (B, 3, H, W) uint8 as float32, normalised on the images' device. mean, std: of pixels from 0 to 1."""
     mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) * 255 for values in (mean, std))
     return (images.float().contiguous() - mean) / std  # the loader's are channels-last
 
