@@ -21,6 +21,7 @@ from dsmim.recipe import Augment
 
 Transform = Callable[[Buffer], torch.Tensor]
 """An encoded image → (3, img_size, img_size) uint8. Raises Undecodable."""
+Channels = tuple[float, float, float]
 
 
 def train_transform(augment: Augment, img_size: int) -> Transform:
@@ -34,18 +35,23 @@ def train_transform(augment: Augment, img_size: int) -> Transform:
 
 
 def eval_transform(augment: Augment, img_size: int) -> Transform:
-    """Resize the short side to img_size / eval_crop_ratio, then crop the centre (timm's evaluation)."""
+    """Return the transform that decodes and then does `eval_crop`."""
+    return _Steps([decode, eval_crop(augment, img_size)])
+
+
+def eval_crop(augment: Augment, img_size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what turns (3, H, W) uint8 into (3, img_size, img_size): it resizes the short side to img_size /
+    eval_crop_ratio, then crops the centre (timm's evaluation)."""
     short = int(img_size / augment.eval_crop_ratio)
     resize = v2.Resize(short, interpolation=_mode(augment.eval_interpolation), antialias=True)
-    return _Steps([decode, resize, v2.CenterCrop(img_size)])
+    return _Steps([resize, v2.CenterCrop(img_size)])
 
 
-def normalise(images: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) uint8 → float32 with ImageNet's mean and standard deviation, on the images' device."""
-    mean, std = (
-        torch.tensor(values, device=images.device).view(1, 3, 1, 1) * 255
-        for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
+def normalise(
+    images: torch.Tensor, mean: Channels = IMAGENET_DEFAULT_MEAN, std: Channels = IMAGENET_DEFAULT_STD
+) -> torch.Tensor:
+    """Return (B, 3, H, W) uint8 as float32, normalised on the images' device. mean, std: of pixels from 0 to 1."""
+    mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) * 255 for values in (mean, std))
     return (images.float().contiguous() - mean) / std  # the loader's are channels-last
 
 

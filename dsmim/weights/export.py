@@ -43,7 +43,8 @@ def export(path: Path, out: Path, layout: str = "timm", which: str = "fp32") -> 
     recipe = Recipe.model_validate(reading.read_state(found)["recipe"])
     write = {"timm": _timm, "authors": _authors, "dsmim": _dsmim}[layout]
     state, metadata, how_to_load = write(recipe, zero_shards.read_weights(found, which), out)
-    _save(state, {"format": "pt", **metadata, "source": recipe.name}, out, bare=layout == "authors")
+    metadata |= {"source": recipe.name, "recipe": json.dumps(_learned(recipe))}
+    _save(state, {"format": "pt", **metadata}, out, bare=layout == "authors")
     return how_to_load
 
 
@@ -120,6 +121,15 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     """Return the settings of recipe.model that shape the network, without those that are not set."""
     found = recipe.model.model_dump(include=set(_SETTINGS))
     return {key: value for key, value in found.items() if value} | recipe.model.options
+
+
+def _learned(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe travels with the weights, for dsmim.load: network, task, image preparation, training; not where
+    files are."""
+    kept = dict.fromkeys(("name", "seed", "task", "model", "batch", "optim", "schedule"), True)
+    return recipe.model_dump(
+        mode="json", include=kept | {"data": {"augment"}}, exclude={"model": {"weights", "weights_head"}}
+    )
 
 
 def _classes(recipe: Recipe) -> int:

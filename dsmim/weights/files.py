@@ -62,7 +62,7 @@ def _read_safetensors(path: Path) -> Weights:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
-    return Weights(_without_wrappers(tensors), str(path), windows=_windows_in(metadata))
+    return Weights(_without_wrappers(tensors), str(path), windows=_windows_in(metadata), metadata=metadata)
 
 
 def _load(path: Path) -> Any:
@@ -97,7 +97,7 @@ def _unwrapped(content: Any, source: str) -> Weights:
             f"{source}: {f'{strange[0]} is not a tensor' if strange else 'holds no tensors'}; dsmim needs a dict of "
             f"tensors, alone or under the key {' or '.join(CONTAINERS)}; found: {entries[:300]}"
         )
-    return Weights(_without_wrappers(content), source, left_out, _windows_in(metadata))
+    return Weights(_without_wrappers(content), source, left_out, _windows_in(metadata), metadata)
 
 
 def _container(content: Mapping) -> str | None:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +33,8 @@ class Weights:
     """entries beside the weights → what they are"""
     windows: Windows | None = None
     """of Swin V2, if the file's settings contain them"""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """what the file says about itself"""
 
 
 @dataclass

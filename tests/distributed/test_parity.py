@@ -23,7 +23,8 @@ from tests.distributed.parity_worker import (
 def engine_runs(tmp_path_factory) -> Path:
     """One launch for every configuration; it also proves the groups' rates and the handling of NaN (see the worker)."""
     out = tmp_path_factory.mktemp("parity")
-    two_ranks(Path(__file__).with_name("parity_worker.py"), out, PYTHONPATH=str(ROOT))
+    # It prints a line per configuration. Compiling Swin's blocks is the longest silence: minutes on a busy machine.
+    two_ranks(Path(__file__).with_name("parity_worker.py"), out, PYTHONPATH=str(ROOT), silence=900)
     return out
 
 

@@ -1,0 +1,228 @@
+"""dsmim.load: a trained network and the transform of its images, for notebooks and other Python code."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import resolve_data_config
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+from torchvision.transforms.v2 import functional as TF
+
+from dsmim.checkpoint import reading
+from dsmim.data.decode import Buffer, Undecodable, decode
+from dsmim.data.transforms import Channels, eval_crop, normalise
+from dsmim.evaluate import recipe_of, weights_for
+from dsmim.models import SimMIM, create_model, materialise
+from dsmim.models.foreign import PREFIX
+from dsmim.recipe import Augment, Recipe
+from dsmim.recipe.reading import parse_recipe
+from dsmim.shards.pixels import as_rgb
+from dsmim.tasks import build_task
+from dsmim.tasks.base import ARCHITECTURE
+from dsmim.weights import files, heads, layouts
+from dsmim.weights.match import LoadReport, State, Weights, match
+
+_WANTED = "give a run directory, one of its checkpoints, or a file that `dsmim export` wrote"
+_PREPARATION = ("eval_crop_ratio", "eval_interpolation")
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """The preparation of an image for the network, as `dsmim evaluate` does it.
+
+    Takes encoded bytes, the path of an image file, a PIL image, or a uint8 tensor (3, H, W) or (1, H, W); gives float32
+    (3, img_size, img_size), normalised. Bytes and paths are decoded as in training. An EXIF orientation is not applied,
+    as in training. Raises ValueError for anything else, and for what no decoder reads.
+    """
+
+    img_size: int
+    augment: Augment
+    """Of it, eval_crop_ratio and eval_interpolation count."""
+    mean: Channels = IMAGENET_DEFAULT_MEAN
+    std: Channels = IMAGENET_DEFAULT_STD
+
+    def __call__(self, image: Buffer | str | Path | Image.Image | torch.Tensor) -> torch.Tensor:
+        pixels = eval_crop(self.augment, self.img_size)(_pixels(image))  # (3, H, W)
+        return normalise(pixels.unsqueeze(0), self.mean, self.std)[0]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network with its weights, and the transform of its images. Unpacks as `model, transform = dsmim.load(…)`."""
+
+    model: nn.Module
+    """In evaluation mode, fp32, on the CPU; its parameters take gradients."""
+    transform: EvalTransform
+    source: str
+    """The checkpoint or file that the weights are from."""
+    recipe: Recipe | None = None
+    """What it was trained with: a checkpoint's whole recipe, the part of it that an export carries, or None."""
+    report: LoadReport | None = None
+    """What became of every tensor of a file. None for a checkpoint, of which every tensor is used."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.model, self.transform))
+
+
+def load(path: str | Path, name: str | None = None, *, ema: bool = False, **settings: Any) -> Loaded:
+    """Load a trained network and the transform of its images.
+
+    path: a run directory (its newest valid checkpoint counts), a checkpoint, or a file that `dsmim export` wrote. They
+    say which network it is. ema: the moving average of a checkpoint's weights instead of the weights.
+
+    The model is what was trained: the classifier, or after SimMIM pre-training the SimMIM, whose network is its
+    `.encoder`. An export of a SimMIM run without mask token and decoder (`--to timm`) gives the encoder alone.
+
+    Other files do not say enough (an `--to authors` .pth among them). Name their network as create_model does:
+    `dsmim.load(path, name="swinv2_base", img_size=192, window_size=12)`. Layouts are those of `model.weights` in a
+    recipe. `num_classes` is the file's; 0 leaves its head out. The transform follows the settings `eval_crop_ratio` and
+    `eval_interpolation`, which default to a recipe's (data.augment). For `timm:NAME` these two, img_size, mean and
+    standard deviation default to timm's own configuration of that network.
+
+    Raises ValueError, which names path and fix, when there are no such weights, or when any tensor of the network would
+    stay untrained.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or directory; {_WANTED}")
+    if path.is_dir():
+        return _from_run(path, ema, {"name": name, **settings} if name else settings)
+    if ema:
+        raise ValueError(f"{path}: ema=True is for runs and checkpoints; for a file, use `dsmim export --ema`")
+    weights = files.read(path)
+    return _from_export(weights, settings) if name is None else _from_others(weights, name, settings)
+
+
+def _from_run(path: Path, ema: bool, settings: dict[str, Any]) -> Loaded:
+    _refuse(settings, f"{path}: a run says which network it is")
+    try:
+        found = reading.locate(path)
+    except ValueError as error:
+        raise ValueError(f"{error}\n{_WANTED}") from None
+    recipe = recipe_of(found, [])
+    task = build_task(_for_inference(recipe))
+    state = weights_for(task, found, "ema" if ema else "fp32")
+    return Loaded(_filled(task.model, state), _transform(recipe), str(found), recipe)
+
+
+def _from_export(weights: Weights, settings: dict[str, Any]) -> Loaded:
+    told = weights.metadata.get("recipe")
+    if told is None:
+        example = f'dsmim.load({weights.source!r}, name="swinv2_base", img_size=192, window_size=12)'
+        raise ValueError(
+            f"{weights.source}: does not say which network its weights belong to, nor how images are prepared for it; "
+            f"give the network as create_model takes it, for example {example}"
+        )
+    _refuse(settings, f"{weights.source}: the file says which network it is")
+    recipe = parse_recipe(_parsed(told, weights.source), weights.source)
+    model = build_task(_for_inference(recipe)).model
+    if isinstance(model, SimMIM) and not any(key.endswith("mask_token") for key in weights.tensors):
+        model = model.encoder
+    return _matched(model, weights, recipe.task.name == "classify", _transform(recipe), recipe)
+
+
+def _from_others(weights: Weights, name: str, settings: dict[str, Any]) -> Loaded:
+    known = [*ARCHITECTURE, "num_classes", *_PREPARATION]
+    if unknown := sorted(settings.keys() - set(known)):
+        raise ValueError(f"dsmim.load has no setting {unknown[0]}; with name= there are {', '.join(known)}")
+    architecture = {key: value for key, value in settings.items() if key in ARCHITECTURE}
+    model = create_model(name, "meta", num_classes=0, **architecture)
+    transform = _transform_of_others(name, model, settings, weights.source)
+    classes = settings["num_classes"] if "num_classes" in settings else _classes(weights, model)
+    if classes:
+        model = create_model(name, "meta", num_classes=classes, **architecture)
+    return _matched(model, weights, classes > 0, transform, None)
+
+
+def _matched(
+    model: nn.Module, weights: Weights, has_head: bool, transform: EvalTransform, recipe: Recipe | None
+) -> Loaded:
+    report, state = match(model, weights, "keep" if has_head else None)
+    if report.fresh:
+        raise ValueError(f"{weights.source}: has no weights for {', '.join(report.fresh)}; they would stay untrained")
+    for note in report.notes:
+        warnings.warn(f"{weights.source}: {note}", stacklevel=4)
+    return Loaded(_filled(model, state), transform, weights.source, recipe, report)
+
+
+def _filled(model: nn.Module, state: State) -> nn.Module:
+    for _ in materialise(model, state):
+        pass
+    return model.eval()
+
+
+def _for_inference(recipe: Recipe) -> Recipe:
+    """Leave out of a recipe what makes training faster or smaller, and inference slower."""
+    plain = {"compile": False, "grad_checkpointing": 0, "grad_checkpointing_stages": None}
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=plain)})
+
+
+def _transform(recipe: Recipe) -> EvalTransform:
+    return EvalTransform(recipe.model.img_size, recipe.data.augment)
+
+
+def _transform_of_others(name: str, network: nn.Module, settings: dict[str, Any], source: str) -> EvalTransform:
+    chosen = {key: settings[key] for key in _PREPARATION if key in settings}
+    img_size = settings.get("img_size")
+    if not name.startswith(PREFIX):
+        if img_size is None:
+            raise ValueError(f"{source}: does not say for which images its weights are; give img_size, their side")
+        return EvalTransform(img_size, Augment(**chosen))
+    theirs = resolve_data_config(model=network)
+    if theirs["crop_mode"] != "center":
+        raise ValueError(f"{name}: timm prepares its images by {theirs['crop_mode']!r}, dsmim crops the centre only")
+    own = {"eval_crop_ratio": theirs["crop_pct"], "eval_interpolation": theirs["interpolation"]}
+    return EvalTransform(img_size or theirs["input_size"][-1], Augment(**own | chosen), theirs["mean"], theirs["std"])
+
+
+def _classes(weights: Weights, headless: nn.Module) -> int:
+    """How many classes a file's head tells apart; 0 without a head."""
+    native = layouts.to_native(weights.tensors, headless.state_dict(), weights.source)
+    return max((len(native.tensors[name]) for name in heads.head_names(headless, native.tensors)), default=0)
+
+
+def _refuse(settings: dict[str, Any], reason: str) -> None:
+    if settings:
+        raise ValueError(f"{reason}; leave out {', '.join(settings)}")
+
+
+def _parsed(told: Any, source: str) -> dict[str, Any]:
+    try:
+        return json.loads(told)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{source}: the recipe in its metadata cannot be read ({error}); export it again") from None
+
+
+def _pixels(image: Buffer | str | Path | Image.Image | torch.Tensor) -> torch.Tensor:
+    """(3, H, W) uint8 in channels-last memory, as `decode` gives it."""
+    if isinstance(image, Image.Image):
+        return TF.pil_to_tensor(as_rgb(image))
+    if isinstance(image, torch.Tensor):
+        return _rgb_tensor(image)
+    if isinstance(image, Buffer):
+        return decode(image)
+    if not isinstance(image, (str, Path)):
+        raise ValueError(f"an image is bytes, a path, a PIL image or a uint8 tensor (3, H, W), not {type(image)}")
+    try:
+        return decode(Path(image).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{image}: cannot be read ({error.strerror})") from None
+    except Undecodable as error:
+        raise Undecodable(f"{image}: cannot be decoded: {error}") from None
+
+
+def _rgb_tensor(image: torch.Tensor) -> torch.Tensor:
+    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) not in (1, 3):
+        raise ValueError(
+            f"an image is a uint8 tensor (3, H, W) or (1, H, W) of values 0 to 255, not {image.dtype} "
+            f"{tuple(image.shape)}; leave out normalisation, and the alpha channel"
+        )
+    return image.expand(3, -1, -1).permute(1, 2, 0).contiguous().permute(2, 0, 1)
