@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 import dsmim
-from dsmim.checkpoint.zero_shards import weights
+from dsmim.checkpoint.zero_shards import read_weights
 from dsmim.models import SimMIM
 from dsmim.models.swin_v2 import SwinTransformerV2
 from dsmim.weights.export import export
@@ -135,10 +135,10 @@ def test_a_checkpoint_and_the_moving_average(trained):
     first = dsmim.load(older)
     assert first.source == str(older)
     for folder, ema, which in ((older, False, "fp32"), (newest, False, "fp32"), (trained.run_dir, True, "ema")):
-        state, wanted = dsmim.load(folder, ema=ema).model.state_dict(), weights(newest if ema else folder, which)
+        state, wanted = dsmim.load(folder, ema=ema).model.state_dict(), read_weights(newest if ema else folder, which)
         assert state.keys() == wanted.keys() and all(torch.equal(state[name], wanted[name]) for name in state)
-    assert not torch.equal(weights(newest)["head.fc.weight"], weights(newest, "ema")["head.fc.weight"])
-    assert not torch.equal(weights(newest)["head.fc.weight"], weights(older)["head.fc.weight"])
+    assert not torch.equal(read_weights(newest)["head.fc.weight"], read_weights(newest, "ema")["head.fc.weight"])
+    assert not torch.equal(read_weights(newest)["head.fc.weight"], read_weights(older)["head.fc.weight"])
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

@@ -55,7 +55,7 @@ import torch
 #   tangent_q = dscaled_q - scaled_q radial_q / scale²
 #   dq = factor_q tangent_q
 #
-# And scaled_q = scale q̂, hence dscale = Σ rowsum(q̂ ∘ dscaled_q):
+# And scaled_q = scale q̂, therefore dscale = Σ rowsum(q̂ ∘ dscaled_q):
 #
 #   dscale = Σ radial_q / scale                           over tokens and windows
 #
@@ -94,13 +94,15 @@ class _Blockwise(torch.autograd.Function):
             dbias += block.backward_to_scores()
             radial_q += block.backward_to_queries(scale, grad_q)
             block.backward_to_keys(grad_k)
-        dscale = radial_q.view_as(scale) / scale
+        dscale = radial_q.view_as(scale) / scale  # dscale = Σ radial_q / scale
         return grad_qkv, None, dscale, dbias, None
 
 
 def _blocks(qkv, window, norms, scale, bias, mask) -> Iterator[_Block]:
-    """Yield every window once, in blocks of at most BLOCK scores (or one window): several rows of windows, or a part
-    of one row."""
+    """Yield every window once, in blocks of at most BLOCK scores (or one window).
+
+    A block is several whole rows of windows, or a part of one row.
+    """
     B, height, width, _, H, D = qkv.shape
     rows, columns, N = height // window, width // window, window**2
     most = max(1, BLOCK // (H * N * N))  # windows in a block
@@ -135,11 +137,11 @@ class _Part:
 class _Buffers(NamedTuple):
     """Memory for the matrices of one block: one buffer per quantity of the derivation."""
 
-    S: Tensor  # these four (n·H, N, N)
+    S: Tensor  # 4 buffers (n·H, N, N)
     P: Tensor
     dP: Tensor
     dS: Tensor
-    scaled_q: Tensor  # from here on (n·H, N, D)
+    scaled_q: Tensor  # 10 buffers (n·H, N, D)
     unit_k: Tensor
     V: Tensor
     O: Tensor  # noqa: E741 (the name in the derivation)
@@ -147,12 +149,12 @@ class _Buffers(NamedTuple):
     dV: Tensor
     dscaled_q: Tensor
     dunit_k: Tensor
-    product: Tensor  # inside a rowsum
+    product: Tensor  # x ∘ y inside rowsum(x ∘ y)
     tangent: Tensor  # tangent_q, then tangent_k
 
     @classmethod
     def of_this_thread(cls, matrices: int, N: int, D: int) -> _Buffers:
-        """Return buffers for so many matrices, in memory that the thread keeps from call to call."""
+        """Return buffers for a number of matrices, in memory that the thread keeps for the next call."""
         scores, tokens = 4 * matrices * N * N, 10 * matrices * N * D
         kept = getattr(_LOCAL, "kept", None)
         if kept is None or kept.numel() < scores + tokens:
@@ -184,12 +186,12 @@ class _Block:
         torch.mul(q, self.factor_q, out=b.scaled_q.view(self.shape))
         torch.mul(k, self.factor_k, out=b.unit_k.view(self.shape))
         b.V.view(self.shape).copy_(v)
-        self._shift_scores(bias, masks)
-        b.S.baddbmm_(b.scaled_q, b.unit_k.mT)
+        self._begin_scores(bias, masks)
+        b.S.baddbmm_(b.scaled_q, b.unit_k.mT)  # S = scaled_q unit_kᵀ + what it begins with
         torch.softmax(b.S, -1, out=b.P)
 
-    def _shift_scores(self, bias: Tensor, masks: Tensor | None) -> None:
-        """Begin S with its summands bias + mask."""
+    def _begin_scores(self, bias: Tensor, masks: Tensor | None) -> None:
+        """Write bias + mask to S."""
         S = self.buffers.S.view(*self.shape[:3], *bias.shape[1:])  # (rows, columns, H, N, N)
         if masks is None:
             S.copy_(bias)
@@ -199,27 +201,28 @@ class _Block:
     def attend(self, out: Tensor) -> None:
         """Write O to its windows of the map `out` (B, height, width, H, D)."""
         b = self.buffers
-        torch.bmm(b.P, b.V, out=b.O)
+        torch.bmm(b.P, b.V, out=b.O)  # O = P V
         self.part.windows(out).copy_(b.O.view(self.shape))
 
     def backward_to_values(self, grad_out: Tensor, grad_v: Tensor) -> None:
         """Read dO from its map, and write dV to its map."""
         b = self.buffers
         b.dO.view(self.shape).copy_(self.part.windows(grad_out))
-        torch.bmm(b.P.mT, b.dO, out=b.dV)
+        torch.bmm(b.P.mT, b.dO, out=b.dV)  # dV = Pᵀ dO
         self.part.windows(grad_v).copy_(b.dV.view(self.shape))
 
     def backward_to_scores(self) -> Tensor:
         """Compute dS; return this block's part of dbias, (H, N, N)."""
         b = self.buffers
-        torch.bmm(b.dO, b.V.mT, out=b.dP)
-        torch.ops.aten._softmax_backward_data.out(b.dP, b.P, -1, b.dP.dtype, grad_input=b.dS)
+        torch.bmm(b.dO, b.V.mT, out=b.dP)  # dP = dO Vᵀ
+        softmax_backward = torch.ops.aten._softmax_backward_data.out
+        softmax_backward(b.dP, b.P, -1, b.dP.dtype, grad_input=b.dS)  # dS = P ∘ (dP - rowsum(P ∘ dP))
         return b.dS.unflatten(0, (-1, self.heads)).sum(0)
 
     def backward_to_queries(self, scale: Tensor, grad_q: Tensor) -> Tensor:
         """Write dq to its map; return this block's part of Σ radial_q, (H,)."""
         b = self.buffers
-        torch.bmm(b.dS, b.unit_k, out=b.dscaled_q)
+        torch.bmm(b.dS, b.unit_k, out=b.dscaled_q)  # dscaled_q = dS unit_k
         radial_q = self._rowsum(b.scaled_q, b.dscaled_q).unflatten(0, (-1, self.heads))  # (n, H, N, 1)
         self._through_norm(b.dscaled_q, b.scaled_q, (radial_q / scale**2).flatten(0, 1), self.factor_q, grad_q)
         return radial_q.sum((0, 2, 3))
@@ -227,7 +230,7 @@ class _Block:
     def backward_to_keys(self, grad_k: Tensor) -> None:
         """Write dk to its map."""
         b = self.buffers
-        torch.bmm(b.dS.mT, b.scaled_q, out=b.dunit_k)
+        torch.bmm(b.dS.mT, b.scaled_q, out=b.dunit_k)  # dunit_k = dSᵀ scaled_q
         radial_k = self._rowsum(b.unit_k, b.dunit_k)
         self._through_norm(b.dunit_k, b.unit_k, radial_k, self.factor_k, grad_k)
 
