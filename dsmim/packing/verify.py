@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def _read_report(report: Path, decode_images: bool) -> dict[str, dict]:
     """Shard → its line; a check without decoding does not stand for one with it."""
     whole, _, cut = report.read_bytes().rpartition(b"\n")
     if cut:  # the command was killed while it wrote
-        report.write_bytes(whole + b"\n" if whole else b"")
+        os.truncate(report, len(whole) + 1 if whole else 0)
     try:
         lines = [json.loads(line) for line in whole.splitlines()]
         return {line["shard"]: line for line in lines if line["decoded"] or not decode_images}

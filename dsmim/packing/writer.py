@@ -6,14 +6,11 @@ missing. What it is about stands in `OUT/NAME.build.json`.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +18,9 @@ import webdataset
 from PIL import Image
 
 from dsmim.packing.sources import Source
-from dsmim.shards.index import ShardIndex, describe, index_file, read_index, write_atomically, write_sidecar
+from dsmim.shards.atomic import partial_file, remove_leftovers, write_atomically
+from dsmim.shards.index import ShardIndex, describe, index_file, read_index, write_sidecar
+from dsmim.shards.locks import locked
 from dsmim.shards.parallel import parallel
 from dsmim.shards.pixels import open_rgb
 from dsmim.shards.tar import is_image
@@ -68,7 +67,10 @@ def build(
     another one under that name.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
+    with locked(out / ".build.lock", wait=False) as alone:
+        if not alone:
+            raise ValueError(f"{out}: another dsmim shards build is writing there; wait for its end")
+        remove_leftovers(out)
         jobs = [job for name, sources in parts.items() for job in _plan(out, name, sources, writing)]
         if classes:
             _write_classes(out / "classes.json", classes)
@@ -76,16 +78,6 @@ def build(
         left_out = parallel(_write_shard, left, workers, "build")
     shards = [read_index(job.path) for job in jobs if job.path.exists()]
     return Built(shards, [line for lines in left_out for line in lines], len(left))
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    with (out / ".build.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{out}: another dsmim shards build is writing there") from None
-        yield
 
 
 def _write_classes(path: Path, classes: list[str]) -> None:
@@ -109,9 +101,6 @@ def _plan(out: Path, name: str, sources: list[Source], writing: Writing) -> list
         why = f"by a build that differs in {', '.join(differ)}" if before else "and not by dsmim shards build"
         raise ValueError(f"{there[0]}: is there already, {why}; remove it or build into another folder")
     write_atomically(file, (json.dumps(plan, indent=1) + "\n").encode())
-    for path in files:  # of a build that was killed; the lock says that none is at work
-        if re.fullmatch(rf"\.{own}\.\d+", path.name):
-            path.unlink()
     chunks = [sources[i : i + writing.per_shard] for i in range(0, len(sources), writing.per_shard)]
     return [_Job(out / f"{name}-{number:06d}.tar", chunk, writing) for number, chunk in enumerate(chunks)]
 
@@ -133,9 +122,8 @@ def _is_whole(path: Path) -> bool:
 
 def _write_shard(job: _Job) -> list[str]:
     """What was left out of it; of a shard that nothing is left of, there is no file."""
-    temporary = job.path.with_name(f".{job.path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
+    with partial_file(job.path) as partial:
+        with partial.open("wb") as file:
             # mtime, owner: constants, so that the same images give the same bytes
             constants = {"mtime": 0, "user": "dsmim", "group": "dsmim"}
             with webdataset.TarWriter(file, encoder=False, keep_meta=True, **constants) as writer:
@@ -143,11 +131,9 @@ def _write_shard(job: _Job) -> list[str]:
             file.flush()
             os.fsync(file.fileno())
         if len(left_out) < len(job.sources):
-            described = describe(temporary, str(job.path))
-            temporary.replace(job.path)
+            described = describe(partial, str(job.path))
+            partial.replace(job.path)
             write_sidecar(str(job.path), index_file(str(job.path)), *described)
-    finally:
-        temporary.unlink(missing_ok=True)
     return left_out
 
 

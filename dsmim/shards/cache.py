@@ -13,7 +13,6 @@ shard takes disk until the last process closes it.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -21,11 +20,13 @@ import shlex
 import shutil
 import threading
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from dsmim.shards import remote
+from dsmim.shards.atomic import remove_if_free
+from dsmim.shards.locks import locked
 
 Shard = tuple[str, int, str]  # URL, bytes, SHA-256
 _WHOLE = re.compile(r"[0-9a-f]{64}\.tar")  # nothing else in the folder is ever evicted,
@@ -59,7 +60,7 @@ class ShardCache:
         try:
             if (descriptor := self._whole(size, sha256)) is not None:
                 return descriptor
-            with _lock(self.folder / f"{sha256}.lock"):
+            with locked(self.folder / f"{sha256}.lock"):
                 descriptor = self._whole(size, sha256)  # another process may have been at it
                 return self._fetch(url, size, sha256) if descriptor is None else descriptor
         except OSError as error:
@@ -81,7 +82,7 @@ class ShardCache:
 
     def fetch_if_free(self, url: str, size: int, sha256: str, keep: Collection[str]) -> None:
         """Download one shard, unless it is here, another process is at it, or a digest of `keep` would have to go."""
-        with _lock(self.folder / f"{sha256}.lock", wait=False) as held:
+        with locked(self.folder / f"{sha256}.lock", wait=False) as held:
             if held and not (self.folder / f"{sha256}.tar").exists():
                 descriptor = self._fetch(url, size, sha256, keep)
                 if descriptor is not None:
@@ -136,7 +137,7 @@ class ShardCache:
 
     def _reserve(self, part: Path, size: int, keep: Collection[str]) -> bool:
         """Make room and take it, so that no two processes count on the same bytes."""
-        with _lock(self.folder / "bound.lock"):
+        with locked(self.folder / "bound.lock"):
             self._sweep(part.name.partition(".")[0])
             if not self._make_room(size, keep):
                 return False
@@ -147,9 +148,10 @@ class ShardCache:
         """Remove the parts of killed processes: those of our own shard, and those whose lock is free."""
         for part in self._parts():
             digest = part.name.partition(".")[0]
-            with _lock(self.folder / f"{digest}.lock", wait=False) as held:
-                if held or digest == own:
-                    part.unlink(missing_ok=True)
+            if digest == own:
+                part.unlink(missing_ok=True)
+            else:
+                remove_if_free(part, self.folder / f"{digest}.lock")
 
     def _parts(self) -> list[Path]:
         return [path for path in self.folder.iterdir() if _PART.fullmatch(path.name)]
@@ -196,37 +198,3 @@ class _Prefetcher:
                     break
                 with suppress(Exception):  # whoever needs the shard meets the same error in `open`, which tells it
                     self._cache.fetch_if_free(*shard, keep)
-
-
-# Locks held by this process. A child forked meanwhile would keep them locked after our death.
-_held: set[int] = set()
-
-
-def _drop_held() -> None:
-    for descriptor in _held:
-        os.close(descriptor)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_drop_held)
-
-
-@contextmanager
-def _lock(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock file, made where it is missing. Yields whether it is held: without wait, another may hold it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    _held.add(descriptor)
-    try:
-        yield _flock(descriptor, wait)
-    finally:
-        _held.discard(descriptor)  # first: the number is another file's as soon as it is closed
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # not by closing alone: a forked child may have the descriptor too
-        os.close(descriptor)
-
-
-def _flock(descriptor: int, wait: bool) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from dsmim.shards.atomic import write_atomically
 from dsmim.shards.remote import is_remote
 from dsmim.shards.tar import BLOCK, Sample, read_sample, scan
 
@@ -170,17 +171,6 @@ def write_sidecar(tar: str, path: str, samples: list[Sample], tar_bytes: int, sh
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror}); choose a folder by --index-dir") from None
     return ShardIndex(tar, path, len(samples), tar_bytes, sha256, len(samples), len(keys))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The whole file under its name, or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_index(tar: str | Path, index_dir: str | Path | None = None) -> ShardIndex:

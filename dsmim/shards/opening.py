@@ -14,15 +14,8 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from dsmim.shards.index import (
-    SUFFIX,
-    ShardIndex,
-    index_file,
-    parse_page,
-    read_index,
-    write_atomically,
-    write_index,
-)
+from dsmim.shards.atomic import remove_leftovers, write_atomically
+from dsmim.shards.index import SUFFIX, ShardIndex, index_file, parse_page, read_index, write_index
 from dsmim.shards.parallel import parallel
 from dsmim.shards.remote import check, download, fetch_small, is_remote
 from dsmim.shards.subset import apply_subset
@@ -75,20 +68,23 @@ def index_all(
 ) -> list[ShardIndex]:
     """Index every shard that has no valid index yet (all of them with force). Raises ValueError that lists the bad
     ones, after the others are done."""
-    work = partial(_index_one, index_dir=index_dir, force=force)
-    return parallel(work, expand(patterns, allow_pipe=allow_pipe), workers, "index")
+    shards = expand(patterns, allow_pipe=allow_pipe)
+    for folder in {Path(index_dir)} if index_dir else {Path(tar).parent for tar in shards if not is_remote(tar)}:
+        remove_leftovers(folder)
+    return parallel(partial(_index_one, index_dir=index_dir, force=force), shards, workers, "index")
 
 
 @contextmanager
 def local_copy(tar: str) -> Iterator[Path]:
-    """A local file with the shard's bytes: itself, or a download that is gone afterwards."""
+    """Yield a local file with the shard's bytes: the shard, or a download in a file without a name, which leaves
+    nothing behind when this process is killed."""
     if not is_remote(tar):
         yield Path(tar)
         return
-    with tempfile.NamedTemporaryFile(prefix="dsmim-", suffix=".tar") as file:
+    with tempfile.TemporaryFile(prefix="dsmim-", suffix=".tar") as file:
         download(tar, file)
         file.flush()
-        yield Path(file.name)
+        yield Path(f"/proc/self/fd/{file.fileno()}")
 
 
 def _read_indexes(paths: list[str], index_dir: str | None) -> list[ShardIndex]:

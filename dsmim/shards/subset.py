@@ -19,7 +19,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dsmim.shards.index import Rows, ShardIndex, fingerprint, shard_name, write_atomically
+from dsmim.shards.atomic import remove_leftovers, write_atomically
+from dsmim.shards.index import Rows, ShardIndex, fingerprint, shard_name
 from dsmim.shards.parallel import parallel
 from dsmim.shards.tar import NO_LABEL
 
@@ -88,6 +89,7 @@ def write_rows(path: Path, shards: list[ShardIndex], rows: list[np.ndarray]) -> 
     counts, flat = np.array([len(part) for part in rows], np.uint32), np.concatenate(rows).astype(np.uint32)
     about = {"data": fingerprint(shards), "list_bytes": str(path.stat().st_size)}
     about["digest"] = hashlib.sha256(counts.tobytes() + flat.tobytes()).hexdigest()
+    remove_leftovers(path.parent)
     write_atomically(Path(f"{path}{SUFFIX}"), save({"counts": counts, "rows": flat}, about))
 
 
