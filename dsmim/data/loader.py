@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import signal
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -12,7 +10,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from dsmim.data.dataset import EvalDataset, TarDataset, collate
 from dsmim.data.order import rank_positions
-from dsmim.shards.forking import ForkContext
+from dsmim.shards.forking import ForkContext, end_with_parent
 
 
 class _MicroBatches(Sampler):
@@ -85,12 +83,8 @@ def _settle(worker: int) -> None:
     And it ends with its rank, however that ends."""
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, _nothing)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
 
 
 def _nothing(*_: object) -> None:
     """Not SIG_IGN, which the commands of pipe: shards would inherit."""
-
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
