@@ -171,7 +171,7 @@ def test_without_locks_files_are_written_leftovers_stay_and_a_build_is_refused(t
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     from dsmim.packing.sources import read_sources
-    from dsmim.packing.writer import build
+    from dsmim.packing.writer import build_shards
 
     tar = make_shards(tmp_path / "tars", [3])[0]
     with Writer(tmp_path / "tars/a") as killed:
@@ -183,4 +183,4 @@ def test_without_locks_files_are_written_leftovers_stay_and_a_build_is_refused(t
     assert (tmp_path / "a").read_bytes() == b"whole" and not partials(tmp_path) - {killed.partial}
     assert read_index(tar).samples == 3
     with pytest.raises(OSError, match=r"no locks .*-o flock.*\.build\.lock"):
-        build({"data": read_sources(str(tmp_path / "tars"))[0]}, tmp_path / "out", [])
+        build_shards({"data": read_sources(str(tmp_path / "tars"))[0]}, tmp_path / "out", [])
