@@ -1,10 +1,11 @@
-"""How fast one core decodes and augments photographs like ImageNet's, against other pipelines over the same images.
+"""Measure how fast one core decodes and augments photographs like ImageNet's, and compare with other pipelines.
 
     python benchmarks/loader.py [--quick] [--images DIR] [--cache DIR]
 
-All pipelines run in turn, round after round, in one process on one thread; a figure is the median over the rounds of a
-ratio within one round, so that a machine that slows down slows both sides. Files come from the page cache: disks are
-not measured. Progress goes to standard error, the last line of standard output is one JSON object.
+All pipelines read the same images, in turn in every round, in one process on one thread. A figure is the median over
+the rounds of a ratio within one round, so that a change of the machine's speed affects both sides. Files come from the
+page cache: disks are not measured. Progress is printed to standard error; the last line of standard output is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ SHORT_SIDE = 256
 
 
 def all_pipelines(photos: Path, samples: int) -> dict[str, Rate]:
-    """Everything that is timed, in the order of a round."""
+    """Return all pipelines that are timed, in the order of a round."""
     original, small = make_shards(photos, "original", None), make_shards(photos, f"short{SHORT_SIDE}", SHORT_SIDE)
     return {
         "papers_pipeline": papers(photos, SIMMIM, samples),
@@ -59,7 +60,7 @@ def all_pipelines(photos: Path, samples: int) -> dict[str, Rate]:
 
 
 def largest_difference(shards: Shards, crop: Crop) -> float:
-    """Over all images, the largest mean absolute difference (of 255) between dsmim's sample and Pillow's crop."""
+    """Return the largest mean absolute difference (of 255), over all images, of dsmim's sample from Pillow's crop."""
     dataset, images = shards.dataset(crop, hflip=0.0), shards.images()
     worst = 0.0
     for position, (data, box) in enumerate(zip(images, shards.boxes(crop, images), strict=True)):
@@ -71,7 +72,7 @@ def largest_difference(shards: Shards, crop: Crop) -> float:
 
 
 def measure(runs: dict[str, Rate], rounds: int) -> dict[str, list[float]]:
-    """Samples per second of every pipeline in every round, after one round that is not counted."""
+    """Return the samples per second of every pipeline in every round, after one round that is not counted."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
@@ -83,7 +84,7 @@ def measure(runs: dict[str, Rate], rounds: int) -> dict[str, list[float]]:
 
 
 def ratios(rates: dict[str, list[float]]) -> dict[str, float]:
-    """The medians of the ratios within a round."""
+    """Return the medians of the ratios within a round."""
 
     def ratio(above: str, below: str) -> float:
         return round(statistics.median(a / b for a, b in zip(rates[above], rates[below], strict=True)), 3)
@@ -101,7 +102,7 @@ def ratios(rates: dict[str, list[float]]) -> dict[str, float]:
 
 
 def report(rates: dict[str, list[float]], differences: dict[str, float], samples: int, rounds: int) -> dict:
-    """The JSON object of the last line."""
+    """Return the JSON object of the last line."""
     return {
         **ratios(rates),
         **{f"{prefix}max_mean_abs_diff": round(value, 3) for prefix, value in differences.items()},
@@ -117,7 +118,7 @@ def report(rates: dict[str, list[float]], differences: dict[str, float], samples
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer images and rounds: under a minute on two cores")
-    parser.add_argument("--images", type=Path, help="folder of large photographs, in place of Debian's wallpapers")
+    parser.add_argument("--images", type=Path, help="folder of large photographs, instead of Debian's wallpapers")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where photographs and shards are kept")
     args = parser.parse_args()
     samples, rounds = (160, 4) if args.quick else (384, 9)  # multiples of BATCH

@@ -1,9 +1,9 @@
-"""What the order of samples costs at ImageNet-22K's size: start-up, resume, memory of a worker, quality of the shuffle.
+"""Measure the order of samples at ImageNet-22K's size: start, resume, memory of a worker, quality of the shuffle.
 
     python benchmarks/order_scale.py [--quick] [--samples 14197122] [--per-shard 1000] [--folder DIR]
 
-Real indexes of empty (sparse) tars with names like ImageNet's, every 50th alike; no image is read. The last line is one
-JSON object.
+The indexes are real, for empty (sparse) tars, with names like ImageNet's; every 50th index is the same, and no image is
+read. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from dsmim.shards.index import fingerprint, write_sidecar
 from dsmim.shards.opening import open_shards
 from dsmim.shards.tar import Sample
 
-IMAGE_BYTES = 110_000  # ImageNet's mean, as in reference figures of its 1.3 TB
+IMAGE_BYTES = 110_000  # ImageNet's mean, from published figures (1.3 TB)
 IMAGENET_22K = 14_197_122
 CLASSES = 21_841
 TEMPLATES = 50
-BATCH, RANKS, WINDOW = 2048, 8, 16  # the published pre-training's global batch, on one node; the recipes' default
+BATCH, RANKS, WINDOW = 2048, 8, 16  # global batch of the published pre-training; one node; default of the recipes
 
 
 def main() -> None:
@@ -38,20 +38,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="order-scale-", dir=options.folder) as name:
         folder = Path(name)
         shards = make_indexes(folder, options.samples, options.per_shard)
-        _say(f"{options.samples:,} samples in {shards:,} shards")
+        _report(f"{options.samples:,} samples in {shards:,} shards")
         figures = {"samples": options.samples, "per_shard": options.per_shard, **measure(folder, options)}
     print(json.dumps(figures))
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """All figures, each start in a process of its own."""
+    """Return all figures; every start is measured in a new process."""
     steps = 500 if options.quick else 10_000
     bytes_per_sample = sum(file.stat().st_size for file in folder.glob("*.dsmi")) / options.samples
     startup = min(_in_process(start, folder, 0) for _ in range(3))
     resume = min(_in_process(start, folder, 137 * options.samples + 5_000_011) for _ in range(3))
-    _say(f"start {startup:.2f} s, resume in epoch 137 {resume:.2f} s, {bytes_per_sample:.1f} bytes a sample")
+    _report(f"start {startup:.2f} s, resume in epoch 137 {resume:.2f} s, {bytes_per_sample:.1f} bytes per sample")
     memory = _in_process(walk, folder, steps)
-    _say(f"a worker's memory over {steps:,} steps of {BATCH}: {memory}")
+    _report(f"a worker's memory over {steps:,} steps of {BATCH}: {memory}")
     return {
         "startup_seconds": round(startup, 3),
         "resume_seconds": round(resume, 3),
@@ -62,7 +62,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, float]:
 
 
 def start(folder: Path, position: int) -> float:
-    """Seconds from the shards' pattern to the bytes' place of the sample at a position."""
+    """Return the seconds from the shards' pattern to the place of the sample at a position."""
     begin = time.perf_counter()
     shards, order = _opened(folder)
     fingerprint(shards)
@@ -72,21 +72,23 @@ def start(folder: Path, position: int) -> float:
 
 
 def walk(folder: Path, steps: int) -> dict[str, float]:
-    """Extra memory of a forked data worker that looks up every sample of one rank's share, step by step, in MB: the
-    largest of its private pages and of its resident ones, beyond what it had as it began."""
+    """Return the extra memory (MB) of a forked data worker that looks up every sample of one rank, step by step.
+
+    It is the increase since the worker's start of its private or its resident pages, the larger of the two.
+    """
     shards, order = _opened(folder)
-    order[0]  # what the parent has done, all workers share
+    order[0]  # done by the parent, so that all workers share it
     return _in_process_forked(_walk, shards, order, steps)
 
 
 def shuffle_quality(folder: Path, epoch: int) -> dict[str, float]:
-    """How far the order is from a uniform permutation, and how near its reads are to one another.
+    """Return how far the order is from a uniform permutation, and how close together its reads are.
 
-    neighbour_distance: mean distance in the order of two samples that are neighbours in a shard, over what a uniform
-    permutation gives (a third of the data set). classes_of_uniform: distinct classes among 2,048 successive samples
-    over those of 2,048 drawn at random, when every shard holds all classes at random, and, sorted, when the shards
-    were written class by class. window_megabytes: what a window's samples take up, hence what a page cache must hold
-    so that storage reads every byte once.
+    neighbour_distance_of_uniform: mean distance in the order of two successive samples of a shard, divided by that of
+    a uniform permutation (a third of the data set). classes_of_uniform: distinct classes among 2,048 successive
+    samples, divided by those of 2,048 drawn at random, if every shard has random classes; …_sorted_shards: the same if
+    the shards were written class by class. window_megabytes: size of the samples of a window, which a page cache must
+    hold so that every byte is read from storage once.
     """
     shards, order = _opened(folder)
     labels = np.sort(np.random.default_rng(1).integers(0, CLASSES, order.samples))
@@ -110,7 +112,7 @@ def shuffle_quality(folder: Path, epoch: int) -> dict[str, float]:
 
 
 def make_indexes(folder: Path, samples: int, per_shard: int) -> int:
-    """Sidecars as `dsmim shards index` writes them, and sparse files of the tars' sizes. Gives the number of shards."""
+    """Write sidecars as `dsmim shards index` does, and sparse files of the tars' sizes; return the number of shards."""
     whole, rest = divmod(samples, per_shard)
     templates = [_template(folder, number, per_shard) for number in range(min(whole, TEMPLATES))]
     for number in range(whole):
@@ -121,7 +123,7 @@ def make_indexes(folder: Path, samples: int, per_shard: int) -> int:
 
 
 def _template(folder: Path, number: int, count: int) -> tuple[bytes, int]:
-    """A sidecar of `count` samples, and its tar's size."""
+    """Return a sidecar of `count` samples, and the size of its tar."""
     generator = np.random.default_rng(number)
     sizes = generator.gamma(3.0, IMAGE_BYTES / 3, count).astype(np.int64) // 512 * 512 + 2048
     offsets = np.concatenate([[0], np.cumsum(sizes)]).tolist()
@@ -184,7 +186,7 @@ def _walk(shards: list, order: Order, steps: int) -> dict[str, float]:
 
 
 def _forward_share(shards: list, drawn: list) -> float:
-    """The share of reads that lie behind the previous read of their shard."""
+    """Return the share of reads at a later offset than the previous read of the same shard."""
     rows, forward = {}, 0
     for draw in drawn:
         forward += rows.get(draw.shard, -1) < draw.row
@@ -193,7 +195,7 @@ def _forward_share(shards: list, drawn: list) -> float:
 
 
 def _stays_in_window(order: Order, drawn: list) -> bool:
-    """Whether each window reads its own shards alone, and no window returns."""
+    """Return whether every window reads only its own shards, and no window comes twice."""
     shards = {}
     for draw in drawn:
         shards.setdefault(draw.window, set()).add(draw.shard)
@@ -207,7 +209,7 @@ def _distinct(labels: np.ndarray) -> float:
 
 
 def _in_process(function, *arguments):
-    """The function's result, from a fresh interpreter, so that nothing is warm but the file system."""
+    """Return the function's result from a new interpreter, so that only the file system's cache is warm."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -216,13 +218,13 @@ def _in_process_forked(function, *arguments):
     receive, send = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=lambda: send.send(function(*arguments)))
     process.start()
-    send.close()  # so that a child's death ends the wait
+    send.close()  # so that recv ends if the child dies
     result = receive.recv()
     process.join()
     return result
 
 
-def _say(text: str) -> None:
+def _report(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

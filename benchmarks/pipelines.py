@@ -1,4 +1,4 @@
-"""The pipelines that loader.py times: dsmim's, the papers', WebDataset's and the bare decoder."""
+"""The pipelines that loader.py times: dsmim's, the papers', WebDataset's and the decoder alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dsmim.data.reader import ShardReader
 from dsmim.data.streams import own_stream, reseed
 from dsmim.data.transforms import train_transform
 from dsmim.packing.sources import read_sources
-from dsmim.packing.writer import Writing, build
+from dsmim.packing.writer import WriteOptions, build_shards
 from dsmim.recipe import Recipe
 from dsmim.shards.index import ShardIndex
 from dsmim.shards.opening import index_all, open_shards
@@ -43,15 +43,15 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as both 
 MASK_PATCH, MODEL_PATCH, MASK_RATIO = 32, 4, 0.6  # microsoft/SimMIM, simmim_pretrain__swin_base__img192_window6
 
 Rate = Callable[[], float]
-"""Runs a pipeline once over the images; gives samples per second."""
+"""Runs a pipeline once over the images and returns samples per second."""
 
 
 @dataclass(frozen=True)
 class Crop:
-    """The random resized crop of one paper, and the recipe under which dsmim makes it."""
+    """The random resized crop of one paper, and the recipe with which dsmim makes it."""
 
     prefix: str
-    """Before the names of its figures."""
+    """Prefix of the names of its figures."""
     size: int
     scale: tuple[float, float]
     interpolation: str
@@ -80,7 +80,7 @@ class Crop:
 
 # microsoft/SimMIM, data_simmim.py
 SIMMIM = Crop("", 192, (0.67, 1.0), "bilinear", {"name": "simmim", "mask_ratio": MASK_RATIO}, 12)
-# facebookresearch/deit, augment.py: RandomResizedCropAndInterpolation, bicubic; its colours are not measured here
+# facebookresearch/deit, augment.py: RandomResizedCropAndInterpolation, bicubic; without its colour transforms
 DEIT3 = Crop("deit3_", 224, (0.08, 1.0), "bicubic", {"name": "classify", "num_classes": 10}, 7)
 
 
@@ -99,18 +99,18 @@ class Shards:
         return Order([index.samples for index in self.indexes], SEED, SHUFFLE_WINDOW)
 
     def dataset(self, crop: Crop, hflip: float = 0.5) -> TarDataset:
-        """dsmim's training samples of the crop's task."""
+        """Return dsmim's training samples of the crop's task."""
         task = build_task(crop.recipe(hflip))
         return TarDataset(ShardReader(self.indexes), self.order, task.train_sample, task.classes)
 
     def images(self) -> list[bytes]:
-        """The JPEGs of the first epoch, by position."""
+        """Return the JPEGs of the first epoch, by position."""
         reader = ShardReader(self.indexes)
         draws = [self.order[position] for position in range(self.order.samples)]
         return [bytes(reader.read(draw.shard, draw.row)[1]["jpg"]) for draw in draws]
 
     def boxes(self, crop: Crop, images: list[bytes]) -> list[dict]:
-        """The crops that dsmim draws for those images: a crop is the first thing drawn from a sample's stream."""
+        """Return the crops that dsmim draws for those images; a crop is drawn first from a sample's stream."""
         cropping = train_transform(crop.recipe().data.augment, crop.size).steps[0]
         boxes = []
         for position, data in enumerate(images):
@@ -123,12 +123,12 @@ class Shards:
 
 
 def make_shards(photos: Path, name: str, short_side: int | None) -> Shards:
-    """Shards of the photographs, beside their folder; a former call's are kept."""
-    writing = Writing(per_shard=PER_SHARD, short_side=short_side)
-    folder = photos.with_name(f"{photos.name}-{name}" + (f"-q{writing.quality}" if short_side else ""))
+    """Build shards of the photographs, beside their folder; those of an earlier call are kept."""
+    options = WriteOptions(per_shard=PER_SHARD, short_side=short_side)
+    folder = photos.with_name(f"{photos.name}-{name}" + (f"-q{options.quality}" if short_side else ""))
     sources, classes = read_sources(str(photos))
-    build({"data": sources}, folder, classes, writing)
-    index_all([str(folder)], None, workers=1)  # the cache may stem from a version with another index
+    build_shards({"data": sources}, folder, classes, options)
+    index_all([str(folder)], None, workers=1)  # the cache may be from a version with another index
     return Shards(folder)
 
 
@@ -164,7 +164,7 @@ class PapersSample:
 
 
 def timed(batches: Callable[[], Iterable], samples: int) -> Rate:
-    """The rate of a pipeline that ends after `samples` samples."""
+    """Return the rate of a pipeline that ends after `samples` samples."""
 
     def rate() -> float:
         begin = time.perf_counter()
@@ -176,19 +176,19 @@ def timed(batches: Callable[[], Iterable], samples: int) -> Rate:
 
 
 def papers(photos: Path, crop: Crop, samples: int) -> Rate:
-    """ImageFolder, Pillow, torchvision's first transforms, default collation."""
+    """Return the papers' pipeline: ImageFolder, Pillow, torchvision's first transforms, default collation."""
     dataset = ImageFolder(photos, PapersSample(crop))
     return timed(lambda: DataLoader(dataset, BATCH, shuffle=True), samples)
 
 
 def ours(shards: Shards, crop: Crop, samples: int) -> Rate:
-    """dsmim's own loader, without worker processes."""
+    """Return dsmim's loader, without worker processes."""
     dataset = shards.dataset(crop)
     return timed(lambda: train_loader(dataset, 0, samples // BATCH, BATCH, 1, 1, 0, 0, False), samples)
 
 
 def ours_with_workers(shards: Shards, crop: Crop, workers: int) -> Rate:
-    """dsmim's loader with worker processes, once their queues have been emptied: what they sustain."""
+    """Return dsmim's loader with worker processes, timed after their queues have been emptied: its steady rate."""
     dataset = shards.dataset(crop)
 
     def rate() -> float:
@@ -205,7 +205,7 @@ def ours_with_workers(shards: Shards, crop: Crop, workers: int) -> Rate:
 
 
 def decode_bound(shards: Shards, crop: Crop) -> Rate:
-    """Nothing but the decoder, the crop and the resize, on bytes in memory and with the boxes that dsmim draws."""
+    """Return only decoder, crop and resize, on bytes in memory and with the boxes that dsmim draws."""
     images = shards.images()
     tensors = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in images]
     pairs = list(zip(tensors, shards.boxes(crop, images), strict=True))
@@ -219,7 +219,7 @@ def decode_bound(shards: Shards, crop: Crop) -> Rate:
 
 
 def webdataset_pipeline(shards: Shards, crop: Crop, samples: int) -> Rate:
-    """WebDataset's own way over the same tars."""
+    """Return WebDataset's own pipeline over the same tars."""
     tars = [str(index.tar) for index in shards.indexes]
     sample = PapersSample(crop)
 

@@ -110,7 +110,7 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
 
 def _build(options) -> None:
     from dsmim.packing.sources import filter_sources, read_sources, split_sources
-    from dsmim.packing.writer import Writing, build
+    from dsmim.packing.writer import WriteOptions, build_shards
     from dsmim.shards.subset import read_list
 
     sources, classes = read_sources(options.source, options.root, options.index_dir)
@@ -121,8 +121,8 @@ def _build(options) -> None:
         sources = filter_sources(sources, *lists)
     seed = None if options.no_shuffle else options.seed
     parts = split_sources(sources, options.split or {options.name: 1.0}, seed)
-    writing = Writing(options.per_shard, options.short_side, options.quality, options.skip_undecodable)
-    built = build(parts, options.out, classes, writing, options.workers)
+    writing = WriteOptions(options.per_shard, options.short_side, options.quality, options.skip_undecodable)
+    built = build_shards(parts, options.out, classes, writing, options.workers)
     for line in built.left_out:
         print(f"left out: {line}")
     images, kept = sum(index.samples for index in built.shards), len(built.shards) - built.written

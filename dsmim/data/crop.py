@@ -1,4 +1,4 @@
-"""The random resized crop, from the encoded image: the crop decides how much of it is needed."""
+"""The random resized crop of an encoded image: which crop is drawn decides at which size a JPEG is decoded."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Box = tuple[int, int, int, int]
 
 
 class RandomResizedCrop:
-    """Decodes, crops, resizes (antialiased): (3, img_size, img_size) uint8. Raises Undecodable.
+    """Decodes, crops and resizes (antialiased) to (3, img_size, img_size) uint8. Raises Undecodable.
 
-    The boxes are distributed as those of torchvision's RandomResizedCrop, whose own way of drawing and cropping takes a
-    tenth of decoding's time.
+    The boxes have the distribution of torchvision's RandomResizedCrop, whose own code for drawing and cropping takes a
+    tenth of the time of decoding.
     """
 
     def __init__(self, augment: Augment, img_size: int):
@@ -38,7 +38,7 @@ class RandomResizedCrop:
         return self._resize(image, self.box(*image.shape[-2:]))
 
     def box(self, height: int, width: int) -> Box:
-        """Area and logarithm of the ratio uniform, ten tries; then the place."""
+        """Draw a box for an image: area and logarithm of the ratio uniform, in up to ten tries, then its position."""
         for _ in range(10):
             area = height * width * _uniform(*self.scale)
             ratio = math.exp(_uniform(*self.log_ratio))
@@ -48,7 +48,7 @@ class RandomResizedCrop:
         return self._central(height, width)
 
     def _central(self, height: int, width: int) -> Box:
-        """Of an image so long that no crop fits: the middle, at the nearest ratio allowed."""
+        """Return the middle of an image too elongated for any crop, at the nearest allowed ratio."""
         h, w = height, width
         if width / height < self.ratio[0]:
             h = round(width / self.ratio[0])
@@ -59,13 +59,16 @@ class RandomResizedCrop:
     def _resize(self, image: torch.Tensor, box: Box) -> torch.Tensor:
         top, left, height, width = box
         crop = image[:, top : top + height, left : left + width]
-        # A batch dimension with a stride of its own tells torch that the crop is channels-last; otherwise it writes
+        # With a separate stride for the batch dimension, torch sees that the crop is channels-last; otherwise it writes
         # channels-first, which takes a third longer (pytorch issue 68430).
         crop = crop.as_strided((1, *crop.shape), (image.numel(), *crop.stride()))
         return interpolate(crop, self.size, mode=self.mode, antialias=True)[0]
 
     def _scaled(self, data: Buffer) -> torch.Tensor:
-        """The same crop, to half a pixel, of a JPEG decoded at 1/2, 1/4 or 1/8 where it keeps the output's pixels."""
+        """Return the same crop, to within half a pixel, of a JPEG decoded at 1/2, 1/4 or 1/8 of its size.
+
+        The scale is chosen so that the decoded crop has at least as many pixels as the output.
+        """
         full_height, full_width = image_size(data)
         box = self.box(full_height, full_width)
         factor = min(box[2:]) // self.size[0]
@@ -73,7 +76,7 @@ class RandomResizedCrop:
             return self._resize(decode(data), box)
         try:
             with Image.open(io.BytesIO(data)) as image:
-                image.draft("RGB", (full_width // factor, full_height // factor))  # the next larger of libjpeg's sizes
+                image.draft("RGB", (full_width // factor, full_height // factor))  # or libjpeg's next larger size
                 y, x = image.height / full_height, image.width / full_width
                 small = TF.pil_to_tensor(image.convert("RGB"))
         except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for damaged files
@@ -84,5 +87,5 @@ class RandomResizedCrop:
 
 
 def _uniform(low: float, high: float) -> float:
-    """Of all that `random` offers, Python promises the numbers of random() alone."""
+    """Draw from [low, high) by random(), the only function whose numbers Python keeps the same across versions."""
     return low + (high - low) * random.random()

@@ -1,4 +1,4 @@
-"""Map-style data sets over tar shards: a position of the order in, a dictionary of tensors out."""
+"""Map-style data sets over tar shards: from a position of the order to a dictionary of tensors."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from dsmim.data.reader import DataError, ShardReader
 from dsmim.data.streams import own_stream, reseed
 from dsmim.shards.tar import IMAGE_EXTENSIONS
 
-STAND_INS = 10  # neighbours tried in place of an undecodable image
-AHEAD = 4  # shards that an evaluation expects while it reads one
+ATTEMPTS = 10  # successive samples that are tried, the drawn one first, until one decodes
+PREFETCH = 4  # shards that an evaluation announces: the one that it reads and those after it
 _BLANK = encode_png(torch.zeros(3, 8, 8, dtype=torch.uint8)).numpy().tobytes()
 
-# encoded image and label → the tensors of one sample; runs under the sample's own random streams; raises Undecodable
 SampleTransform = Callable[[Buffer, int | None], dict[str, Any]]
+"""From an encoded image and its label to the tensors of one sample. Runs with the sample's own random stream. Raises
+Undecodable."""
 
 
 class TarDataset(Dataset):
     """Training samples by position. An undecodable image is replaced by the next one of the data set that decodes, so
-    that batches keep their shape; the sample then carries the fault in `undecodable`."""
+    that batches keep their shape; `undecodable` of the sample then lists the faults."""
 
     def __init__(self, reader: ShardReader, order: Order, transform: SampleTransform, classes: int | None):
         self.reader, self.order, self.transform, self.classes = reader, order, transform, classes
@@ -36,34 +37,34 @@ class TarDataset(Dataset):
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: list[int]) -> list[dict[str, Any]]:
-        """What DataLoader asks for: the samples of a micro batch."""
+        """Return the samples of a micro batch, as DataLoader requests them."""
         with own_stream():
             return [self._sample(position) for position in positions]
 
     def _sample(self, position: int) -> dict[str, Any]:
         draw = self.order[position]
-        self._expect(draw, position)
+        self._prefetch(draw, position)
         faults: list[str] = []
-        for attempt in range(STAND_INS):
+        for attempt in range(ATTEMPTS):
             here = self.order.draw_at(draw.sample + attempt, draw) if attempt else draw
             key = stream_key(self.order.seed, "sample", here.epoch, here.sample, here.repeat)
             try:
-                sample = transformed(self.reader, here.shard, here.row, self.classes, self.transform, key)
+                sample = load_sample(self.reader, here.shard, here.row, self.classes, self.transform, key)
             except Undecodable as fault:
                 faults.append(str(fault))
                 continue
             return sample | {"position": position, "undecodable": faults}
-        raise DataError(f"{STAND_INS} undecodable images in a row: {'; '.join(faults)}")
+        raise DataError(f"{ATTEMPTS} undecodable images in a row: {'; '.join(faults)}")
 
-    def _expect(self, draw: Draw, position: int) -> None:
+    def _prefetch(self, draw: Draw, position: int) -> None:
         if self._window != (draw.epoch, draw.window):
             self._window = draw.epoch, draw.window
-            self.reader.expect(self.order.upcoming(position))
+            self.reader.prefetch(self.order.upcoming(position))
 
 
 class EvalDataset(Dataset):
-    """Every sample once, in the order of the shards; its random streams depend on its key alone. An undecodable image
-    counts nothing: it comes as a blank one with weight 0, and its fault in `undecodable`."""
+    """Every sample once, in the order of the shards; a sample's random stream depends on its key alone. An undecodable
+    image does not count: it becomes a blank image with weight 0, and `undecodable` has the fault."""
 
     def __init__(self, reader: ShardReader, transform: SampleTransform, classes: int | None):
         self.reader, self.transform, self.classes = reader, transform, classes
@@ -77,7 +78,7 @@ class EvalDataset(Dataset):
         return self.__getitems__([item])[0]
 
     def __getitems__(self, items: list[tuple[int, float]]) -> list[dict[str, Any]]:
-        """What DataLoader asks for: (sample, weight) of a batch."""
+        """Return the samples of a batch of (sample number, weight), as DataLoader requests them."""
         with own_stream():
             return [self._sample(*item) for item in items]
 
@@ -86,21 +87,22 @@ class EvalDataset(Dataset):
         row = sample - int(self.ends[shard]) + self.reader.shards[shard].samples
         if shard != self._shard:
             self._shard = shard
-            self.reader.expect(range(shard, min(shard + AHEAD, len(self.ends))))
+            self.reader.prefetch(range(shard, min(shard + PREFETCH, len(self.ends))))
         try:
-            tensors = transformed(self.reader, shard, row, self.classes, self.transform, None)
+            tensors = load_sample(self.reader, shard, row, self.classes, self.transform, None)
         except Undecodable as fault:
             blank = {"key": str(row), **self.transform(_BLANK, 0)}
             return blank | {"weight": 0.0, "undecodable": [str(fault)] if weight else []}  # padding is not reported
         return tensors | {"weight": weight, "undecodable": []}
 
 
-def transformed(
+def load_sample(
     reader: ShardReader, shard: int, row: int, classes: int | None, transform: SampleTransform, stream: int | None
 ) -> dict[str, Any]:
-    """One sample's key and tensors; `stream` seeds its transform, None: from the key. Call it within own_stream().
+    """Return key and tensors of one sample. `stream` seeds the transform's random stream (None: the key does).
 
-    Raises Undecodable for a bad image, DataError for a missing label or a changed shard.
+    Call it inside own_stream(). Raises Undecodable for a damaged image, and DataError for a missing label or a changed
+    shard.
     """
     key, members = reader.read(shard, row)
     tar = reader.shards[shard].tar
@@ -121,14 +123,14 @@ def _label(tar: str, key: str, members: dict[str, memoryview], classes: int) -> 
     except KeyError:
         raise DataError(f"{tar}: sample {key} has no label ({key}.cls)") from None
     except ValueError:
-        raise DataError(f"{tar}: label {key}.cls is no whole number: {bytes(members['cls'][:20])!r}") from None
+        raise DataError(f"{tar}: label {key}.cls is no integer: {bytes(members['cls'][:20])!r}") from None
     if not 0 <= label < classes:
         raise DataError(f"{tar}: label {key}.cls is {label}; task.num_classes {classes} allows 0 to {classes - 1}")
     return label
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack tensors and numbers; keep keys as a list; join the faults."""
+    """Stack tensors and numbers of samples, list their keys, and join their lists of faults."""
     batch: dict[str, Any] = {}
     for name, first in samples[0].items():
         values = [sample[name] for sample in samples]
@@ -144,8 +146,8 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """torch's collation, which in a worker writes right into shared memory. Images (3, H, W) lie channels-last, as
-    decoders write them; stacking them so, too, is copying whole stretches."""
+    """Stack by torch's collation, which in a worker writes directly into shared memory. Images (3, H, W) are
+    channels-last in memory, as decoders write them; the stack is too, so that whole images are copied at once."""
     if tensors[0].ndim != 3:
         return default_collate(tensors)
     return default_collate([tensor.permute(1, 2, 0) for tensor in tensors]).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Encoded images → uint8 tensors."""
+"""From encoded images to uint8 tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torchvision.transforms.v2 import functional as TF
 from dsmim.shards.pixels import open_rgb
 
 MAX_PIXELS = 89_478_485
-"""Above it an image counts as a decompression bomb: Pillow's limit, 256 MiB as RGB. A few kilobytes may claim more."""
+"""A larger image counts as a decompression bomb. It is Pillow's limit: 256 MiB as RGB. A file of a few kilobytes may
+claim more."""
 Buffer = bytes | bytearray | memoryview
 
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
@@ -22,17 +23,17 @@ _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 class Undecodable(ValueError):
-    """The bytes are no image that either decoder reads."""
+    """The bytes are no image that one of the two decoders reads."""
 
 
 def decode(data: Buffer) -> torch.Tensor:
-    """(3, H, W) uint8 RGB, in channels-last memory: JPEG and WebP by torchvision, all else, and what it refuses, by
-    Pillow. (torchvision's PNG decoder brings the process down on a damaged file, its GIF decoder decodes every frame.)
+    """Decode an image to (3, H, W) uint8 RGB, channels-last in memory.
 
-    The bytes tell the format, not the name. 16-bit images are scaled to 8; of an animation the first frame is taken;
-    alpha is dropped and a palette looked up, as Pillow does it; an EXIF orientation is not applied, as in torchvision's
-    ImageFolder, through which the published models were trained. Raises Undecodable with what the decoder said, and for
-    more than MAX_PIXELS.
+    torchvision decodes JPEG and WebP; Pillow decodes all else, and what torchvision refuses. (torchvision's PNG decoder
+    crashes the process on a damaged file, and its GIF decoder decodes every frame.) The bytes decide the format, not
+    the name. 16-bit images are scaled to 8 bits; an animation gives its first frame; alpha is dropped and a palette is
+    looked up as Pillow does; an EXIF orientation is not applied, as in torchvision's ImageFolder, with which the
+    published models were trained. Raises Undecodable with the decoder's message, and for more than MAX_PIXELS.
     """
     image_size(data)
     if not (is_jpeg(data) or bytes(data[8:12]) == b"WEBP"):
@@ -45,9 +46,10 @@ def decode(data: Buffer) -> torch.Tensor:
 
 
 def image_size(data: Buffer) -> tuple[int, int]:
-    """(height, width) as the header tells. Raises Undecodable when there is none, and for more than MAX_PIXELS.
+    """Return (height, width) from the header. Raises Undecodable when there is none, and for more than MAX_PIXELS.
 
-    JPEG and PNG are read here, because Pillow takes a fiftieth of decoding's time to open one.
+    The headers of JPEG and PNG are read here, because opening a file with Pillow takes a fiftieth of the time of
+    decoding it.
     """
     size = None
     if is_jpeg(data):
@@ -58,16 +60,17 @@ def image_size(data: Buffer) -> tuple[int, int]:
     if not height or not width:
         raise Undecodable(f"{width} × {height} pixels")
     if width * height > MAX_PIXELS:
-        raise Undecodable(f"{width} × {height} pixels; more than {MAX_PIXELS} are taken for a decompression bomb")
+        raise Undecodable(f"{width} × {height} pixels; more than {MAX_PIXELS} count as a decompression bomb")
     return height, width
 
 
 def is_jpeg(data: Buffer) -> bool:
+    """Return whether the bytes begin as a JPEG does."""
     return data[:3] == _JPEG
 
 
 def _jpeg_size(data: Buffer) -> tuple[int, int] | None:
-    """From the first frame header; the segments before it are skipped by their lengths."""
+    """Read the size from the first frame header, after skipping the segments before it by their lengths."""
     place = 2
     while place + 9 <= len(data) and data[place] == 0xFF:
         marker = data[place + 1]
@@ -81,9 +84,9 @@ def _size_by_pillow(data: Buffer) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.height, image.width
-    except UnidentifiedImageError:  # its own words hold an address in memory
+    except UnidentifiedImageError:  # its own message contains an address in memory
         raise Undecodable("no known image format" if len(data) else "it is empty") from None
-    except Exception as error:  # Pillow's plug-ins raise what they like on rubbish
+    except Exception as error:  # Pillow's plug-ins may raise anything for damaged files
         raise Undecodable(str(error)) from None
 
 
@@ -95,6 +98,6 @@ def _by_pillow(data: Buffer) -> torch.Tensor:
 
 
 def _tensor(data: Buffer) -> torch.Tensor:
-    """The bytes as a tensor; those that can be written to are not copied."""
+    """Return the bytes as a tensor; writable bytes are not copied."""
     writable = isinstance(data, bytearray) or (isinstance(data, memoryview) and not data.readonly)
     return torch.frombuffer(data if writable else bytearray(data), dtype=torch.uint8)

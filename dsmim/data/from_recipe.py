@@ -1,4 +1,4 @@
-"""From a recipe's data section to what reads its samples."""
+"""What a recipe's section `data` describes: its training and validation shards, opened, and a reader of them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ GB = 10**9
 
 
 def training_shards(data: Data) -> list[ShardIndex]:
-    """The indexes of data.train, of data.subset's samples if it is given. Raises ValueError when one is missing."""
+    """Open the indexes of data.train, reduced to data.subset if it is given. Raises ValueError when one is missing."""
     patterns = required(data.train, "data.train")
     return open_shards(patterns, data.index_dir, "data.train", data.subset, data.allow_pipe)
 
 
 def validation_shards(data: Data) -> list[ShardIndex]:
-    """The indexes of data.val. Raises ValueError when one is missing."""
+    """Open the indexes of data.val. Raises ValueError when one is missing."""
     return open_shards(required(data.val, "data.val"), data.index_dir, "data.val", allow_pipe=data.allow_pipe)
 
 
 def open_reader(data: Data, shards: list[ShardIndex], window: int) -> ShardReader:
-    """A reader of shards of which `window` are read together. Raises ValueError when remote shards have no cache, or
-    one that cannot hold this window and the next: every shard would be fetched again and again."""
+    """Return a reader of shards of which `window` are read at a time.
+
+    Raises ValueError when remote shards have no cache, or a cache that cannot hold this window and the next: it would
+    download every shard again and again.
+    """
     if not any(is_remote(shard.tar) for shard in shards):
         return ShardReader(shards, keep=2 * window)
     folder = required(data.cache_dir, "data.cache_dir")

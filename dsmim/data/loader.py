@@ -1,10 +1,8 @@
-"""torch DataLoaders over the data sets: which positions make a micro batch, and which rank measures what."""
+"""torch DataLoaders over the data sets: which positions form a micro batch, and which rank evaluates which batch."""
 
 from __future__ import annotations
 
-import ctypes
 import signal
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -12,11 +10,11 @@ from torch.utils.data import DataLoader, Sampler
 
 from dsmim.data.dataset import EvalDataset, TarDataset, collate
 from dsmim.data.order import rank_positions
-from dsmim.shards.forking import ForkContext
+from dsmim.shards.forking import ForkContext, end_with_parent
 
 
 class _MicroBatches(Sampler):
-    """A rank's micro batches of `steps` global batches, the first of which begins at position `consumed`."""
+    """The micro batches of one rank in `steps` global batches, the first of which begins at position `consumed`."""
 
     def __init__(self, consumed: int, steps: int, global_batch: int, accumulation: int, world_size: int, rank: int):
         self.begins = range(consumed, consumed + steps * global_batch, global_batch)
@@ -34,8 +32,8 @@ class _MicroBatches(Sampler):
 
 
 class _EvalBatches(Sampler):
-    """Batch k goes to rank k mod world size, so that a batch holds the same samples at any world size. Every rank gets
-    equally many batches, as ZeRO-3's collectives need: where one lacks, it repeats the first with weight 0."""
+    """Batch k goes to rank k mod world size, so that a batch has the same samples at any world size. Every rank gets
+    equally many batches, as ZeRO-3's collectives need: a rank without a batch repeats the first with weight 0."""
 
     def __init__(self, samples: int, size: int, world_size: int, rank: int):
         self.samples, self.size = samples, size
@@ -56,13 +54,16 @@ def train_loader(
     dataset: TarDataset, consumed: int, steps: int, global_batch: int, accumulation: int, world_size: int, rank: int,
     workers: int, pin: bool,
 ) -> DataLoader:  # fmt: skip
-    """One rank's micro batches of `steps` steps, after `consumed` samples; in order at any number of workers."""
+    """Return a loader of one rank's micro batches for `steps` steps after `consumed` samples.
+
+    With any number of workers the batches come in the same order. Each batch is a dictionary as `collate` makes it.
+    """
     batches = _MicroBatches(consumed, steps, global_batch, accumulation, world_size, rank)
     return _loader(dataset, batches, workers, pin)
 
 
 def eval_loader(dataset: EvalDataset, size: int, world_size: int, rank: int, workers: int, pin: bool) -> DataLoader:
-    """This rank's batches of an evaluation over the whole data set, each sample weighing 1 on exactly one rank."""
+    """Return a loader of one rank's batches of an evaluation; each sample has weight 1 on exactly one rank."""
     return _loader(dataset, _EvalBatches(len(dataset), size, world_size, rank), workers, pin)
 
 
@@ -74,23 +75,19 @@ def _loader(dataset: torch.utils.data.Dataset, batches: Sampler, workers: int, p
         collate_fn=collate,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
-        multiprocessing_context=ForkContext() if workers else None,  # the indexes' mappings and the modules are shared
-        worker_init_fn=_settle,
-        generator=torch.Generator(),  # its own: the loader must not draw from the model's random stream
+        multiprocessing_context=ForkContext() if workers else None,  # forked workers share index mappings and modules
+        worker_init_fn=_prepare_worker,
+        generator=torch.Generator(),  # a separate one: the loader must not draw from the model's random stream
     )
 
 
-def _settle(worker: int) -> None:
-    """A worker outlives a request to stop, which Slurm sends to every process of a step: its rank decides when to end.
-    And it ends with its rank, however that ends."""
+def _prepare_worker(worker: int) -> None:
+    """Ignore requests to stop, which Slurm sends to every process of a step: the rank decides when to end. And end with
+    the rank, however it ends."""
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, _nothing)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.signal(number, _ignore)
+    end_with_parent()
 
 
-def _nothing(*_: object) -> None:
-    """Not SIG_IGN, which the commands of pipe: shards would inherit."""
-
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+def _ignore(*_: object) -> None:
+    """Do nothing. SIG_IGN would be inherited by the commands of pipe: shards."""

@@ -9,14 +9,16 @@ import torch
 
 
 def mask_count(patches: int, ratio: float) -> int:
-    """Patches hidden: rounded up, as microsoft/SimMIM does (data_simmim.py). 1e-9 keeps 10 × 0.3 at 3."""
+    """Return how many patches are hidden, rounded up as in microsoft/SimMIM (data_simmim.py). 1e-9 keeps 10 × 0.3 at
+    3."""
     return math.ceil(patches * ratio - 1e-9)
 
 
 class RandomMask:
-    """Draws (img_size/model_patch, same) bool masks, true where hidden, from the sample's stream (Python's random).
+    """Draws bool masks, (img_size / model_patch, img_size / model_patch), true where hidden, from the sample's stream
+    (Python's random).
 
-    All sizes in pixels. Patches of mask_patch pixels are hidden whole. Raises ValueError for sizes that do not fit.
+    All sizes are in pixels. Whole patches of mask_patch pixels are hidden. Raises ValueError for sizes that do not fit.
     """
 
     def __init__(self, img_size: int, mask_patch: int, model_patch: int, ratio: float):
@@ -37,7 +39,7 @@ class RandomMask:
         return torch.frombuffer(self._enlarged(cells), dtype=torch.bool).view(2 * [self.side * self.scale])
 
     def _enlarged(self, cells: bytearray) -> bytearray:
-        """Byte for byte, as three calls to torch would take longer than all of this."""
+        """Repeat every cell `scale` times in both directions; on bytes, as three calls to torch take longer."""
         wide = b"".join([cells[i : i + 1] * self.scale for i in range(self.patches)])
         width = self.side * self.scale
         return bytearray().join([wide[i : i + width] * self.scale for i in range(0, len(wide), width)])

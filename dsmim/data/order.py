@@ -1,10 +1,10 @@
-"""Which sample comes when: pure arithmetic on (seed, epoch, position), no state.
+"""Which sample comes when: a pure function of (seed, epoch, position), without state.
 
 A position counts samples from the beginning of training, across epochs. In every epoch the shards are permuted and
-cut into windows of a few shards; the samples of a window are permuted among one another. Reading thus touches a few
-files at a time, and the state of the data is one integer, whatever the world size and the number of workers.
+divided into windows of a few shards, and the samples of a window are permuted. So few files are read at a time, and
+the state of the data is one integer at any world size and any number of workers.
 
-Permutations are argsorts of Philox words: NumPy guarantees those bits across versions, unlike Generator's methods.
+Permutations are argsorts of Philox words: NumPy guarantees those bits across versions, but not Generator's methods.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dsmim.shards.index import ShardIndex
 
 @dataclass(frozen=True)
 class Draw:
-    """One sample as one position sees it."""
+    """The sample at one position."""
 
     epoch: int
     shard: int
@@ -33,19 +33,19 @@ class Draw:
     sample: int
     """Sample within the data set, counted in the order of the shards."""
     repeat: int
-    """Which showing of the sample within the epoch (repeated augmentation)."""
+    """Number of the sample's repetition within the epoch, from 0 (repeated augmentation)."""
     window: int
-    """Window of the epoch."""
+    """Window within the epoch."""
 
 
 def stream_key(*parts: int | str) -> int:
-    """64 bits that depend on every part: the seed of a random stream."""
-    text = "/".join(map(str, parts)).encode("utf-8", "surrogateescape")  # keys are whatever bytes file names were
+    """Return the seed of a random stream: 64 bits that depend on every part."""
+    text = "/".join(map(str, parts)).encode("utf-8", "surrogateescape")  # file names, and so keys, may be any bytes
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def permutation(n: int, *key: int | str) -> np.ndarray:
-    """A permutation of range(n) that depends on `key` alone."""
+    """Return a permutation of range(n), (n,), that depends on `key` alone."""
     words = np.random.Philox(key=stream_key(*key)).random_raw(n)
     return np.argsort(words, kind="stable")
 
@@ -53,7 +53,8 @@ def permutation(n: int, *key: int | str) -> np.ndarray:
 class Order:
     """The order of samples over shards of the given sample counts.
 
-    window: shards mixed with one another; repeats: showings of each sample per epoch, next to one another.
+    window: number of shards whose samples are mixed; repeats: how often each sample comes per epoch, successively.
+    Raises ValueError when the shards have no samples.
     """
 
     def __init__(self, counts: Sequence[int], seed: int, window: int, repeats: int = 1):
@@ -63,7 +64,7 @@ class Order:
         self.seed, self.window, self.repeats = seed, window, repeats
         self.samples = int(self.starts[-1])
         if not self.samples:
-            raise ValueError("data: the shards hold no samples")
+            raise ValueError("data: the shards contain no samples")
         self._epoch = lru_cache(maxsize=2)(self._permute_shards)
         self._mixed = lru_cache(maxsize=4)(self._permute_window)
 
@@ -82,13 +83,14 @@ class Order:
         return Draw(epoch, shard, row, self.starts.item(shard) + row, repeat, number)
 
     def draw_at(self, sample: int, like: Draw) -> Draw:
-        """The draw of another sample (counted over the data set, wrapping around) at the place of `like`."""
+        """Return the draw of another sample (its number in the data set, modulo their count) in the place of `like`."""
         sample %= self.samples
         shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
         return Draw(like.epoch, shard, sample - int(self.starts[shard]), sample, like.repeat, like.window)
 
     def upcoming(self, position: int) -> list[int]:
-        """The shards of the window at a position, then those of the next, which may be the next epoch's first."""
+        """Return the shards of the window at a position, then those of the next window, which may be in the next
+        epoch."""
         draw = self[position]
         shards, begins = self._epoch(draw.epoch)
         if draw.window + 1 < len(begins):
@@ -97,13 +99,13 @@ class Order:
         return [*shards[draw.window * self.window :].tolist(), *following.tolist()]
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, list[int]]:
-        """The epoch's sequence of shards, and the place at which each window begins."""
+        """Return the epoch's sequence of shards, and the place at which each window begins."""
         shards = permutation(len(self.counts), self.seed, "shards", epoch)
         ends = np.cumsum(self.counts[shards])
         return shards, [0, *ends[self.window - 1 : -1 : self.window].tolist()]
 
     def _permute_window(self, epoch: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """(shard, row) of every place of a window."""
+        """Return the shard and the row of every place of a window."""
         shards = self._epoch(epoch)[0][number * self.window : (number + 1) * self.window]
         owners = np.repeat(shards, self.counts[shards])
         rows = np.concatenate([np.arange(self.counts[shard]) for shard in shards])
@@ -112,13 +114,13 @@ class Order:
 
 
 def training_order(recipe: Recipe, shards: list[ShardIndex]) -> Order:
-    """The order that a recipe gives to the samples of its training shards."""
+    """Return the order in which a recipe reads the samples of its training shards."""
     counts = [index.samples for index in shards]
     return Order(counts, recipe.seed, recipe.data.shuffle_window, recipe.data.repeats)
 
 
 def rank_positions(begin: int, global_batch: int, world_size: int, rank: int) -> range:
-    """The positions of a rank's share of the global batch that begins at position `begin`: a contiguous slice.
+    """Return a rank's positions in the global batch that begins at position `begin`: a contiguous slice.
 
     Raises ValueError when the ranks cannot share the batch evenly.
     """
@@ -130,7 +132,7 @@ def rank_positions(begin: int, global_batch: int, world_size: int, rank: int) ->
 
 
 def accumulation_steps(global_batch: int, micro_batch: int | str, world_size: int) -> int:
-    """Micro batches per rank and step.
+    """Return the number of micro batches per rank and step.
 
     Raises ValueError, with the numbers, when ranks × micro batch does not divide the global batch.
     """
@@ -144,8 +146,9 @@ def accumulation_steps(global_batch: int, micro_batch: int | str, world_size: in
 
 
 def refit_accumulation(global_batch: int, micro_batch: int, world_size: int, accepts: Callable[[int], bool]) -> int:
-    """Micro batches per rank and step of a run that goes on by `world_size` ranks, whatever their number was before:
-    those of the largest micro batch up to `micro_batch` that divides a rank's share and that `accepts` takes.
+    """Return the number of micro batches per rank and step of a run that resumes on `world_size` ranks.
+
+    Their size is the largest up to `micro_batch` that divides a rank's share and for which `accepts` returns true.
 
     Raises ValueError, with the numbers, when ranks cannot share the global batch.
     """
@@ -154,10 +157,10 @@ def refit_accumulation(global_batch: int, micro_batch: int, world_size: int, acc
         near = [*[n for n in fits if n < world_size][-1:], *[n for n in fits if n > world_size][:1]]
         raise ValueError(
             f"batch.global_batch: {global_batch} cannot be shared evenly by {world_size} ranks, and it must stay as "
-            f"it was; go on by {' or '.join(map(str, near))} ranks"
+            f"it was; resume on {' or '.join(map(str, near))} ranks"
         )
     share = global_batch // world_size
     for micro in range(min(share, micro_batch), 0, -1):
         if share % micro == 0 and accepts(micro):
             return share // micro
-    raise ValueError(f"batch.global_batch: no micro batch suits a share of {share} samples per rank")
+    raise ValueError(f"batch.global_batch: no micro batch fits a share of {share} samples per rank")

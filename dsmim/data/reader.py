@@ -1,4 +1,4 @@
-"""Samples by shard and row: one positioned read each, a few shards open at a time."""
+"""Reads samples by shard and row: one read at an offset per sample, with a few shards open at a time."""
 
 from __future__ import annotations
 
@@ -13,53 +13,54 @@ from dsmim.shards.index import ShardIndex, Table
 from dsmim.shards.remote import is_remote
 from dsmim.shards.tar import parse_sample
 
-OPEN_SHARDS = 32  # at least; a window of the order has to fit, and the one that begins while it ends
+OPEN_SHARDS = 32  # at least: two windows of the order have to fit, the one that ends and the one that begins
 
 
 class DataError(ValueError):
-    """A shard that cannot be trained on. Raised in a data worker, it reaches the user without the traceback that
-    torch's DataLoader wraps around it."""
+    """A shard cannot be used for training. When a data worker raises it, the user sees it without the traceback that
+    torch's DataLoader adds."""
 
     def __init__(self, message: str):
         super().__init__(message.rsplit("DataError: ", 1)[-1].strip())
 
 
 class ShardReader:
-    """Local shards are read where they lie, remote ones through the cache.
+    """Reads local shards in place, and remote ones through the cache.
 
-    keep: shards whose descriptors and tables stay open, as far as the process may have so many.
+    keep: number of shards whose descriptors and tables stay open, unless the process may not have so many.
     """
 
     def __init__(self, shards: list[ShardIndex], cache: ShardCache | None = None, keep: int = OPEN_SHARDS):
-        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2  # two a shard, and half for all else
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2  # two per shard; half is for all else
         self.shards, self.cache, self.keep = shards, cache, min(max(keep, OPEN_SHARDS), descriptors // 2)
         self._files: OrderedDict[int, int] = OrderedDict()
         self._tables: OrderedDict[int, Table] = OrderedDict()
 
     def __getstate__(self) -> dict:
-        """Neither descriptors nor mappings travel between processes."""
+        """Return the state without descriptors and mappings, which cannot be pickled."""
         return self.__dict__ | {"_files": OrderedDict(), "_tables": OrderedDict()}
 
     def read(self, shard: int, row: int) -> tuple[str, dict[str, memoryview]]:
-        """Key and members (extension → bytes). Raises DataError when the shard is no longer what was indexed."""
+        """Return key and members (extension → bytes). Raises DataError when the shard has changed since it was
+        indexed."""
         table, tar = self.table(shard), self.shards[shard].tar
         offset, length = table.place(row)
-        data = bytearray(length)  # written by the system, sliced by the parser, decoded in place: never copied
+        data = bytearray(length)  # the system writes it, the parser slices it, decoders read it: no copy
         if _read_into(data, self._file(shard), offset, tar) < length:
             raise DataError(f"{tar}: has shrunk since it was opened; copy or build it again")
         try:
             key, members = parse_sample(data)
         except tarfile.TarError:
-            key, members = "", {}  # the bytes there are no tar member any more
+            key, members = "", {}  # there is no tar member any more
         if key != table.keys[row]:
             raise DataError(
-                f"{tar}: has changed since it was indexed: at byte {offset} stands {key or 'no sample'!r} where "
-                f"{table.keys[row]!r} should be; if that is on purpose, {self.shards[shard].mend}"
+                f"{tar}: has changed since it was indexed: at byte {offset} is {key or 'no sample'!r} where "
+                f"{table.keys[row]!r} should be; if that is on purpose, {self.shards[shard].fix}"
             )
         return key, members
 
     def table(self, shard: int) -> Table:
-        """Keys and places of a shard's samples, from its index. Raises DataError when that has changed."""
+        """Return keys and places of a shard's samples, from its index. Raises DataError when the index has changed."""
         if shard not in self._tables:
             try:
                 self._tables[shard] = self.shards[shard].table()
@@ -70,8 +71,8 @@ class ShardReader:
         self._tables.move_to_end(shard)
         return self._tables[shard]
 
-    def expect(self, shards: Iterable[int]) -> None:
-        """Remote shards that will be read soon, in this order: fetched in the background."""
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Announce shards that will be read soon, in this order: remote ones are downloaded in the background."""
         if self.cache:
             indexes = (self.shards[shard] for shard in shards)
             self.cache.prefetch([(i.tar, i.tar_bytes, i.sha256) for i in indexes if is_remote(i.tar)])
@@ -85,7 +86,7 @@ class ShardReader:
         return self._files[shard]
 
     def _open(self, index: ShardIndex) -> int:
-        """A descriptor. Raises DataError when the shard is gone or has another size."""
+        """Return a descriptor. Raises DataError when the shard is missing or has another size."""
         if is_remote(index.tar):
             return self._open_remote(index)
         try:
@@ -109,5 +110,5 @@ class ShardReader:
 def _read_into(data: bytearray, descriptor: int, offset: int, tar: str) -> int:
     try:
         return os.preadv(descriptor, [data], offset)
-    except OSError as error:  # a disk's or a network file system's fault
+    except OSError as error:  # a fault of the disk or of a network file system
         raise DataError(f"{tar}: cannot be read at byte {offset}: {error.strerror}") from None

@@ -1,6 +1,6 @@
-"""A sample's random stream.
+"""The random stream of a sample.
 
-Crops, flips and masks draw from Python's random(): a call costs a fiftieth of one to torch, and Python promises the
+Crops, flips and masks draw from Python's random(). A call costs a fiftieth of one to torch, and Python promises the
 same numbers in every version, which torch does not.
 """
 
@@ -15,7 +15,7 @@ import torch
 
 @contextmanager
 def own_stream():
-    """What draws inside from `random` leaves the caller's stream untouched."""
+    """Restore the caller's stream of `random` at the end, so that draws inside leave it unchanged."""
     state = random.getstate()
     try:
         yield
@@ -24,19 +24,21 @@ def own_stream():
 
 
 def reseed(key: int) -> None:
-    """Begin the random stream of that key."""
+    """Begin the random stream of a key."""
     random.seed(key)
 
 
 @contextmanager
 def seeded(key: int):
-    """For what draws from elsewhere: Python's, NumPy's and torch's CPU generators, seeded by `key`; the caller's
-    streams are left untouched. Takes a tenth of a millisecond."""
+    """Seed Python's, NumPy's and torch's CPU generators by `key`, and restore the caller's streams at the end.
+
+    It is for code that does not draw from `random`, and takes a tenth of a millisecond.
+    """
     numpy_state, torch_state = np.random.get_state(), torch.default_generator.get_state()
     with own_stream():
         reseed(key)
         np.random.seed(key % 2**32)
-        torch.default_generator.manual_seed(key)  # torch.manual_seed would reseed a GPU's stream too, the model's
+        torch.default_generator.manual_seed(key)  # torch.manual_seed would also reseed the GPU's, which the model uses
         try:
             yield
         finally:
@@ -45,5 +47,5 @@ def seeded(key: int):
 
 
 def fresh_key() -> int:
-    """A key for `seeded`, drawn from the sample's stream."""
+    """Draw a key for `seeded` from the sample's stream."""
     return int(random.random() * 2**53)

@@ -1,4 +1,4 @@
-"""Encoded image → augmented uint8 tensor. Normalisation happens on the device."""
+"""From an encoded image to an augmented uint8 tensor, which is normalised on the device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Channels = tuple[float, float, float]
 
 
 def train_transform(augment: Augment, img_size: int) -> Transform:
-    """Random resized crop, flips, RandAugment and random erasing, on uint8."""
+    """Return the training transform: random resized crop, flips, RandAugment and random erasing, on uint8."""
     steps = [RandomResizedCrop(augment, img_size)]
     steps += [_RandomFlip(augment.hflip, dim=-1)] if augment.hflip else []
     steps += [_RandomFlip(augment.vflip, dim=-2)] if augment.vflip else []
@@ -40,8 +40,8 @@ def eval_transform(augment: Augment, img_size: int) -> Transform:
 
 
 def eval_crop(augment: Augment, img_size: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return what turns (3, H, W) uint8 into (3, img_size, img_size): it resizes the short side to img_size /
-    eval_crop_ratio, then crops the centre (timm's evaluation)."""
+    """Return timm's evaluation transform of (3, H, W) uint8: resize the short side to img_size / eval_crop_ratio, crop
+    the centre (3, img_size, img_size)."""
     short = int(img_size / augment.eval_crop_ratio)
     resize = v2.Resize(short, interpolation=_mode(augment.eval_interpolation), antialias=True)
     return _Steps([resize, v2.CenterCrop(img_size)])
@@ -50,9 +50,9 @@ def eval_crop(augment: Augment, img_size: int) -> Callable[[torch.Tensor], torch
 def normalise(
     images: torch.Tensor, mean: Channels = IMAGENET_DEFAULT_MEAN, std: Channels = IMAGENET_DEFAULT_STD
 ) -> torch.Tensor:
-    """Return (B, 3, H, W) uint8 as float32, normalised on the images' device. mean, std: of pixels from 0 to 1."""
+    """Normalise (B, 3, H, W) uint8 to float32 on the images' device. mean, std: of pixels from 0 to 1."""
     mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) * 255 for values in (mean, std))
-    return (images.float().contiguous() - mean) / std  # the loader's are channels-last
+    return (images.float().contiguous() - mean) / std  # the loader's images are channels-last
 
 
 def _mode(name: str) -> v2.InterpolationMode:
@@ -60,7 +60,7 @@ def _mode(name: str) -> v2.InterpolationMode:
 
 
 class _Steps:
-    """One after another (v2.Compose looks into its input and takes bytes for a mistake)."""
+    """Steps one after another. (v2.Compose inspects its input and refuses bytes.)"""
 
     def __init__(self, steps: list[Callable]):
         self.steps = steps
@@ -99,16 +99,16 @@ class _RandAugment:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """timm's, which at its greatest strength keeps no bit at all: black. Pillow below 12 did that, from 12 on it
-    refuses."""
+    """Posterize as timm does. At its greatest strength timm keeps 0 bits, which is black; Pillow from 12 on refuses
+    that."""
     return posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 class _RandomErasing:
     """timm's RandomErasing in "pixel" mode (area 0.02 to 1/3, ratio 0.3 to 3.3), before normalisation.
 
-    Normal noise of ImageNet's mean and deviation is rounded to uint8 and clipped, which timm, after normalisation,
-    does not do: 2 % of the noise values reach the clip.
+    Normal noise with ImageNet's mean and standard deviation is rounded to uint8 and clipped. timm, which erases after
+    normalisation, does not clip: 2 % of the noise values are affected.
     """
 
     def __init__(self, share: float):

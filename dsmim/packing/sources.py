@@ -1,4 +1,4 @@
-"""What shards are built from: a folder of images, a table of path,label, or other tars."""
+"""Where the images of a build come from: a folder, a table of path,label, or other tars; filters and splits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class FileSource:
     label: int | None = None
 
     def members(self) -> dict[str, bytes]:
-        """Extension → bytes. Raises ValueError when the file cannot be read."""
+        """Return extension → bytes. Raises ValueError when the file cannot be read."""
         try:
             image = {self.path.suffix.lower().lstrip("."): self.path.read_bytes()}
         except OSError as error:
@@ -35,7 +35,7 @@ class FileSource:
 
 @dataclass(frozen=True)
 class TarSource:
-    """One sample of another tar; all its members go along."""
+    """One sample of another tar, with all its members."""
 
     tar: str
     key: str
@@ -43,12 +43,12 @@ class TarSource:
     length: int
 
     def members(self) -> dict[str, bytes]:
-        """Extension → bytes. Raises ValueError when the tar has changed since it was indexed."""
+        """Return extension → bytes. Raises ValueError when the tar has changed since it was indexed."""
         with Path(self.tar).open("rb") as file:
             key, members = read_sample(file, self.offset, self.length)
         if key != self.key:
-            mend = f"run: dsmim shards index --force {shlex.quote(self.tar)}"
-            raise ValueError(f"{self.tar}: has changed since it was indexed; {mend}")
+            fix = f"run: dsmim shards index --force {shlex.quote(self.tar)}"
+            raise ValueError(f"{self.tar}: has changed since it was indexed; {fix}")
         return {extension: bytes(data) for extension, data in members.items()}
 
 
@@ -56,14 +56,14 @@ Source = FileSource | TarSource
 
 
 def read_sources(source: str, root: Path | None = None, index_dir: str | None = None) -> tuple[list[Source], list[str]]:
-    """The images of a folder, of a CSV/TSV table or of tars, and the class names when labels are words.
+    """Return the images of a folder, of a CSV/TSV table or of tars, and the class names when labels are names.
 
-    A folder of folders is labelled by its first level, classes sorted by name; a flat folder has no labels. A table
-    has the columns path and, if labelled, label: a number, or a name. Paths are relative to `root`, by default the
-    table's own folder. Tars (a path, glob, brace pattern, or a folder of them) must be indexed; their samples keep all
-    their members. Raises ValueError naming what is wrong.
+    In a folder of folders, the first level gives the classes, numbered in the order of their names; a flat folder has
+    no labels. A table has the column path and, for labels, the column label: numbers or names. Paths are relative to
+    `root`, by default the folder of the table. Tars (a path, glob, brace pattern, or a folder of them) must be
+    indexed; their samples keep all their members. Raises ValueError naming what is wrong.
     """
-    if _means_tars(source):
+    if _is_tars(source):
         sources, classes = _from_tars(source, index_dir), []
     elif Path(source).is_dir():
         sources, classes = _from_folder(Path(source))
@@ -80,9 +80,9 @@ def read_sources(source: str, root: Path | None = None, index_dir: str | None = 
 
 
 def filter_sources(sources: list[Source], keys: Iterable[str] | None, without: Iterable[str] | None) -> list[Source]:
-    """The sources whose keys are among `keys` (None: all) and not among `without`.
+    """Return the sources whose keys are in `keys` (None: all) and not in `without`.
 
-    Raises ValueError when a key of `keys` is no source's, or none is left.
+    Raises ValueError when a key of `keys` is in no source, or no source is left.
     """
     kept = sources
     if keys is not None:
@@ -98,9 +98,10 @@ def filter_sources(sources: list[Source], keys: Iterable[str] | None, without: I
 
 
 def split_sources(sources: list[Source], splits: dict[str, float], seed: int | None) -> dict[str, list[Source]]:
-    """Shuffle (not with seed None), then cut at floor(n × the sum of the shares so far).
+    """Shuffle n sources (unless the seed is None) and split them. Part k ends at floor(n × the sum of shares 0 to k).
 
-    Without splits there is one part, "data". Raises ValueError when the shares add up to more than 1.
+    Without splits there is one part, "data". Raises ValueError when the shares add up to more than 1 or a part is
+    empty.
     """
     if sum(splits.values()) > 1 + 1e-9:
         raise ValueError(f"--split: the shares add up to {sum(splits.values()):g}, more than 1")
@@ -115,7 +116,7 @@ def split_sources(sources: list[Source], splits: dict[str, float], seed: int | N
     return parts
 
 
-def _means_tars(source: str) -> bool:
+def _is_tars(source: str) -> bool:
     folder = Path(source)
     return is_remote(source) or source.endswith(".tar") or (folder.is_dir() and any(folder.glob("*.tar")))
 
@@ -135,7 +136,7 @@ def _from_tars(source: str, index_dir: str | None) -> list[Source]:
 
 
 def _key(relative: Path) -> str:
-    """The path without its extension; WebDataset ends a key at the first dot, so that further dots become '_'."""
+    """Return the path without its extension. In WebDataset a key ends at the first dot: other dots become '_'."""
     return str(relative.with_suffix("")).replace(".", "_")
 
 
@@ -145,7 +146,7 @@ def _from_folder(folder: Path) -> tuple[list[Source], list[str]]:
     relatives = [path.relative_to(folder) for path in paths]
     top = {len(relative.parts) == 1 for relative in relatives}
     if top == {True, False}:
-        raise ValueError(f"{folder}: holds images beside class folders; move them into one, or give a table")
+        raise ValueError(f"{folder}: contains images beside class folders; move them into one, or give a table")
     classes = sorted({relative.parts[0] for relative in relatives}) if top == {False} else []
     labels = {name: number for number, name in enumerate(classes)}
     sources = [
@@ -156,7 +157,7 @@ def _from_folder(folder: Path) -> tuple[list[Source], list[str]]:
 
 def _from_table(table: Path, root: Path) -> tuple[list[Source], list[str]]:
     try:
-        text = table.read_text(encoding="utf-8-sig")  # spreadsheets write a mark before the first word
+        text = table.read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark first
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{table}: is neither a folder nor a readable table ({error})") from None
     rows = [row for row in csv.reader(io.StringIO(text), delimiter="\t" if table.suffix == ".tsv" else ",") if row]

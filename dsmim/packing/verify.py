@@ -1,13 +1,14 @@
-"""`dsmim shards verify`: what is wrong with shards, and where."""
+"""`dsmim shards verify`: compare shards with their indexes, and report what is wrong and where."""
 
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dsmim.shards.index import describe, index_file, read_index
+from dsmim.shards.index import describe_tar, index_file, read_index
 from dsmim.shards.opening import expand, local_copy
 from dsmim.shards.parallel import parallel
 from dsmim.shards.remote import is_remote
@@ -22,10 +23,10 @@ def verify_all(
     report: Path | None = None,
     allow_pipe: bool = False,
 ) -> list[str]:
-    """One line per thing that is wrong, over all shards.
+    """Check all shards; return one line per problem.
 
-    report: a file of JSON lines, one per shard, written as shards are done. What stands there already is not checked
-    again as long as size and time of shard and index are the same. Raises ValueError when it is no such report.
+    report: a file of JSON lines, one per shard, which grows as shards are done. A shard in it is not checked again as
+    long as size and time of shard and index are the same. Raises ValueError when the file is no such report.
     """
     shards = expand(patterns, allow_pipe=allow_pipe)
     known = _read_report(report, decode_images) if report and report.exists() else {}
@@ -36,8 +37,8 @@ def verify_all(
     return [line for tar in shards for line in (found[tar] if tar in found else known[tar]["problems"])]
 
 
-def verify(tar: str, index_dir: str | None = None, decode_images: bool = False) -> list[str]:
-    """What is wrong with one shard: tar structure, index, digest, labels, and with decode_images every image."""
+def verify_shard(tar: str, index_dir: str | None = None, decode_images: bool = False) -> list[str]:
+    """Check one shard: tar structure, index, digest, labels, with decode_images every image. Return its problems."""
     problems = []
     try:
         index = read_index(tar, index_dir)
@@ -45,7 +46,7 @@ def verify(tar: str, index_dir: str | None = None, decode_images: bool = False) 
         index, problems = None, [str(error)]
     try:
         with local_copy(tar) as path:
-            samples, _, digest = describe(path, tar)
+            samples, _, digest = describe_tar(path, tar)
             if index and digest != index.sha256:
                 problems.append(f"{tar}: contents differ from what was indexed ({index_file(tar, index_dir)})")
             problems += _unlabelled(tar, samples)
@@ -58,7 +59,7 @@ def verify(tar: str, index_dir: str | None = None, decode_images: bool = False) 
 
 
 def _unlabelled(tar: str, samples: list[Sample]) -> list[str]:
-    """Labels that only a part of the samples has; a shard without any is for pre-training."""
+    """Report labels that only a part of the samples has; a shard without labels is for pre-training."""
     missing = [sample.key for sample in samples if sample.label == NO_LABEL]
     if not missing or len(missing) == len(samples):
         return []
@@ -66,7 +67,7 @@ def _unlabelled(tar: str, samples: list[Sample]) -> list[str]:
 
 
 def _undecodable(tar: str, file: Any, sample: Sample) -> list[str]:
-    from dsmim.data.decode import Undecodable, decode  # heavy, and needed only here
+    from dsmim.data.decode import Undecodable, decode  # imports torch, which only this check needs
 
     key, members = read_sample(file, sample.offset, sample.length)
     problems = []
@@ -81,19 +82,19 @@ def _undecodable(tar: str, file: Any, sample: Sample) -> list[str]:
 
 def _verify_and_report(tar: str, index_dir: str | None, decode_images: bool, report: Path | None) -> list[str]:
     stamp = _stamp(tar, index_dir)
-    problems = verify(tar, index_dir, decode_images)
+    problems = verify_shard(tar, index_dir, decode_images)
     if report:
         line = {"shard": tar, "stamp": stamp, "decoded": decode_images, "problems": problems}
-        with report.open("ab", buffering=0) as file:  # one write a line: those of several processes do not mix
+        with report.open("ab", buffering=0) as file:  # one write per line, so that processes do not mix theirs
             file.write(json.dumps(line).encode() + b"\n")
     return problems
 
 
 def _read_report(report: Path, decode_images: bool) -> dict[str, dict]:
-    """Shard → its line; a check without decoding does not stand for one with it."""
+    """Return shard → its line; a check without decoding does not count where decoding is asked for."""
     whole, _, cut = report.read_bytes().rpartition(b"\n")
     if cut:  # the command was killed while it wrote
-        report.write_bytes(whole + b"\n" if whole else b"")
+        os.truncate(report, len(whole) + 1 if whole else 0)
     try:
         lines = [json.loads(line) for line in whole.splitlines()]
         return {line["shard"]: line for line in lines if line["decoded"] or not decode_images}
@@ -102,7 +103,7 @@ def _read_report(report: Path, decode_images: bool) -> dict[str, dict]:
 
 
 def _stamp(tar: str, index_dir: str | None) -> list[int]:
-    """Sizes and times of a shard and its index, as far as they are here (a remote shard is checked every time)."""
+    """Return sizes and times of a shard and its index, of those that are local (remote shards are always checked)."""
     files = [Path(file) for file in (tar, index_file(tar, index_dir))]
     stats = [file.stat() for file in files if file.exists()]
     return [value for stat in stats for value in (stat.st_size, stat.st_mtime_ns)]

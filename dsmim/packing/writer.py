@@ -1,19 +1,17 @@
-"""`dsmim shards build`: images become WebDataset tars with their indexes.
+"""`dsmim shards build`: write images as WebDataset tars with their indexes.
 
-Killed at any moment it leaves whole shards, or nothing, under the final names; the same command again writes what is
-missing. What it is about stands in `OUT/NAME.build.json`.
+`build_shards` takes the lists of sources.py, plans which images go into which shard, and writes the missing shards in
+worker processes, original bytes or shrunk. `OUT/NAME.build.json` records the plan. When it is killed, every file under
+a final name is whole; the same command again writes what is missing.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,75 +19,77 @@ import webdataset
 from PIL import Image
 
 from dsmim.packing.sources import Source
-from dsmim.shards.index import ShardIndex, describe, index_file, read_index, write_atomically, write_sidecar
+from dsmim.shards.atomic import partial_file, remove_leftovers, write_atomically
+from dsmim.shards.index import ShardIndex, describe_tar, index_file, read_index, write_sidecar
+from dsmim.shards.locks import locked
 from dsmim.shards.parallel import parallel
 from dsmim.shards.pixels import open_rgb
 from dsmim.shards.tar import is_image
 
 
 @dataclass(frozen=True)
-class Writing:
+class WriteOptions:
     """How images are written."""
 
     per_shard: int = 1000
     short_side: int | None = None
-    """Pixels to which larger images are shrunk (bicubic, antialiased), stored as PNG if they were PNG, else as JPEG;
+    """Pixels. Larger images are shrunk to it (bicubic, antialiased) and stored as PNG if they were PNG, else as JPEG;
     None keeps the original bytes."""
     quality: int = 90
-    """Of those JPEGs: Pillow's scale, 1 to 100. 90 is what FFCV's published ImageNet recipes store."""
+    """Quality of those JPEGs on Pillow's scale, 1 to 100. FFCV's published ImageNet recipes store 90."""
     skip_undecodable: bool = False
-    """Leave images out that cannot be decoded; otherwise, when shrinking, the first is an error."""
+    """Leave out images that cannot be decoded; otherwise, when shrinking, the first one is an error."""
 
 
 @dataclass(frozen=True)
-class Built:
-    """What a build came to."""
+class BuildResult:
+    """The shards of a build, and what it left out."""
 
     shards: list[ShardIndex]
     left_out: list[str]
-    """One line per undecodable image left out of the shards written now."""
+    """One line per undecodable image that is not in the shards written now."""
     written: int
-    """Shards written now; the others were there already."""
+    """Number of shards written now; the others existed already."""
 
 
 @dataclass(frozen=True)
 class _Job:
     path: Path
     sources: list[Source]
-    writing: Writing
+    options: WriteOptions
 
 
-def build(
-    parts: dict[str, list[Source]], out: Path, classes: list[str], writing: Writing = Writing(), workers: int = 1
-) -> Built:
-    """Write `out/NAME-000000.tar …` and their indexes for every part; each appears under its name when whole.
+def build_shards(
+    parts: dict[str, list[Source]],
+    out: Path,
+    classes: list[str],
+    options: WriteOptions = WriteOptions(),
+    workers: int = 1,
+) -> BuildResult:
+    """Write `out/NAME-000000.tar …` and their indexes for every part; each file appears under its name when whole.
 
-    Shards that an earlier run of the very same build has finished are kept. Raises ValueError when there are shards of
-    another one under that name.
+    Shards that an earlier run of the same build has finished are kept. Raises ValueError when the name has shards of
+    another build, or another process builds into `out`.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
-        jobs = [job for name, sources in parts.items() for job in _plan(out, name, sources, writing)]
+    with locked(out / ".build.lock", wait=False) as alone:
+        if not alone:
+            raise ValueError(f"{out}: another dsmim shards build is writing there; wait for its end")
+        remove_leftovers(out)
+        jobs = [job for name, sources in parts.items() for job in _plan(out, name, sources, options)]
         if classes:
             _write_classes(out / "classes.json", classes)
         left = [job for job in jobs if not _is_whole(job.path)]
         left_out = parallel(_write_shard, left, workers, "build")
     shards = [read_index(job.path) for job in jobs if job.path.exists()]
-    return Built(shards, [line for lines in left_out for line in lines], len(left))
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    with (out / ".build.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{out}: another dsmim shards build is writing there") from None
-        yield
+    return BuildResult(shards, [line for lines in left_out for line in lines], len(left))
 
 
 def _write_classes(path: Path, classes: list[str]) -> None:
-    """One list for all shards of the folder: another one's numbers would mean other classes."""
+    """Write the list of class names, one for all shards of the folder.
+
+    Raises ValueError when the folder has another list, whose numbers mean other classes.
+    """
     if path.exists() and json.loads(path.read_text()) != classes:
         raise ValueError(
             f"{path}: lists other classes, with other numbers; build from a table of path,number or into another folder"
@@ -97,23 +97,20 @@ def _write_classes(path: Path, classes: list[str]) -> None:
     write_atomically(path, (json.dumps(classes, indent=0) + "\n").encode())
 
 
-def _plan(out: Path, name: str, sources: list[Source], writing: Writing) -> list[_Job]:
-    """The shards of one part, after checking that what is there already belongs to the same build."""
-    plan = asdict(writing) | {"images": len(sources), "sources": _digest(sources)}
-    plan["quality"] = writing.quality if writing.short_side else None  # original bytes have none of ours
+def _plan(out: Path, name: str, sources: list[Source], options: WriteOptions) -> list[_Job]:
+    """Record the plan of one part and return its shards, after checking that existing ones are of the same build."""
+    plan = asdict(options) | {"images": len(sources), "sources": _digest(sources)}
+    plan["quality"] = options.quality if options.short_side else None  # original bytes are not encoded again
     file = out / f"{name}.build.json"
     before = json.loads(file.read_text()) if file.exists() else None
     files, own = sorted(out.iterdir()), re.escape(name) + r"-\d{6,}\.tar"
     if before != plan and (there := [path for path in files if re.fullmatch(own, path.name)]):
         differ = [key for key in plan if before and before.get(key) != plan[key]]
-        why = f"by a build that differs in {', '.join(differ)}" if before else "and not by dsmim shards build"
-        raise ValueError(f"{there[0]}: is there already, {why}; remove it or build into another folder")
+        why = f"from a build that differs in {', '.join(differ)}" if before else "not from dsmim shards build"
+        raise ValueError(f"{there[0]}: exists already, {why}; remove it or build into another folder")
     write_atomically(file, (json.dumps(plan, indent=1) + "\n").encode())
-    for path in files:  # of a build that was killed; the lock says that none is at work
-        if re.fullmatch(rf"\.{own}\.\d+", path.name):
-            path.unlink()
-    chunks = [sources[i : i + writing.per_shard] for i in range(0, len(sources), writing.per_shard)]
-    return [_Job(out / f"{name}-{number:06d}.tar", chunk, writing) for number, chunk in enumerate(chunks)]
+    chunks = [sources[i : i + options.per_shard] for i in range(0, len(sources), options.per_shard)]
+    return [_Job(out / f"{name}-{number:06d}.tar", chunk, options) for number, chunk in enumerate(chunks)]
 
 
 def _digest(sources: list[Source]) -> str:
@@ -132,71 +129,68 @@ def _is_whole(path: Path) -> bool:
 
 
 def _write_shard(job: _Job) -> list[str]:
-    """What was left out of it; of a shard that nothing is left of, there is no file."""
-    temporary = job.path.with_name(f".{job.path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            # mtime, owner: constants, so that the same images give the same bytes
+    """Write one shard with its index; return what was left out. If all was left out, no file is written."""
+    with partial_file(job.path) as partial:
+        with partial.open("wb") as file:
+            # constant time and owner, so that the same images give the same bytes
             constants = {"mtime": 0, "user": "dsmim", "group": "dsmim"}
             with webdataset.TarWriter(file, encoder=False, keep_meta=True, **constants) as writer:
-                left_out = [line for source in job.sources if (line := _write_sample(writer, source, job.writing))]
+                left_out = [line for source in job.sources if (line := _write_sample(writer, source, job.options))]
             file.flush()
             os.fsync(file.fileno())
         if len(left_out) < len(job.sources):
-            described = describe(temporary, str(job.path))
-            temporary.replace(job.path)
+            described = describe_tar(partial, str(job.path))
+            partial.replace(job.path)
             write_sidecar(str(job.path), index_file(str(job.path)), *described)
-    finally:
-        temporary.unlink(missing_ok=True)
     return left_out
 
 
-def _write_sample(writer: webdataset.TarWriter, source: Source, writing: Writing) -> str | None:
-    """Why it was left out, if it was."""
+def _write_sample(writer: webdataset.TarWriter, source: Source, options: WriteOptions) -> str | None:
+    """Write one sample, or return why it was left out."""
     try:
-        writer.write({"__key__": source.key, **_prepared(source, writing)})
-    except _Bad as error:
+        writer.write({"__key__": source.key, **_prepared(source, options)})
+    except _LeftOut as error:
         return str(error)
     return None
 
 
-class _Bad(Exception):
-    """An image to be left out."""
+class _LeftOut(Exception):
+    """An image is left out; the text says why."""
 
 
-def _prepared(source: Source, writing: Writing) -> dict[str, bytes]:
-    """The members of a sample as they are written."""
+def _prepared(source: Source, options: WriteOptions) -> dict[str, bytes]:
+    """Return the members of a sample as they are written."""
     members = source.members()
-    if not writing.short_side and not writing.skip_undecodable:
+    if not options.short_side and not options.skip_undecodable:
         return members
     prepared = {}
     for extension, data in members.items():
         try:
             if is_image(extension):
-                data, extension = _checked_image(data, extension, writing)
-        except Exception as error:  # Pillow's plug-ins raise what they like on rubbish
-            if writing.skip_undecodable:
-                raise _Bad(f"{source.key}.{extension}: {error}") from None
+                data, extension = _checked_image(data, extension, options)
+        except Exception as error:  # Pillow's plug-ins may raise anything for damaged files
+            if options.skip_undecodable:
+                raise _LeftOut(f"{source.key}.{extension}: {error}") from None
             raise ValueError(f"{source.key}.{extension}: cannot be decoded: {error}; see --skip-undecodable") from None
         if extension in prepared:
-            raise ValueError(f"{source.key}: holds two images that would become {source.key}.{extension}")
+            raise ValueError(f"{source.key}: contains two images that would both become {source.key}.{extension}")
         prepared[extension] = data
     return prepared
 
 
-def _checked_image(data: bytes, extension: str, writing: Writing) -> tuple[bytes, str]:
-    """The image as it is stored. Raises whatever Pillow raises for bytes that are none."""
+def _checked_image(data: bytes, extension: str, options: WriteOptions) -> tuple[bytes, str]:
+    """Return the image as it is stored, and its extension. Raises what Pillow raises for bytes that are no image."""
     image = open_rgb(data)
-    if not writing.short_side or min(image.size) <= writing.short_side:
+    if not options.short_side or min(image.size) <= options.short_side:
         return data, extension
     with Image.open(io.BytesIO(data)) as original:
         grey = original.mode == "L"
-    factor = writing.short_side / min(image.size)
-    size = tuple(max(writing.short_side, round(side * factor)) for side in image.size)
+    factor = options.short_side / min(image.size)
+    size = tuple(max(options.short_side, round(side * factor)) for side in image.size)
     small = image.resize(size, Image.Resampling.BICUBIC).convert("L" if grey else "RGB")
     buffer = io.BytesIO()
     if extension == "png":
         small.save(buffer, "PNG")
     else:
-        small.save(buffer, "JPEG", quality=writing.quality)
+        small.save(buffer, "JPEG", quality=options.quality)
     return buffer.getvalue(), "png" if extension == "png" else "jpg"

@@ -1,19 +1,18 @@
-"""Whole remote shards on the node's own disk: bounded, verified, one download for all processes of the node.
+"""A cache of remote shards on the node's own disk: bounded, verified, one download for all processes of the node.
 
-The folder holds, for a shard with SHA-256 DIGEST: DIGEST.tar, a whole and verified shard, which appears by a rename;
-DIGEST.SIZE.part, a download under way, whose name says how much room it will take; and DIGEST.lock, held by flock
-while one process downloads. The kernel drops the lock of a killed process; its part is swept by the next download.
-Lock files stay: a lock that is unlinked could be held twice. bound.lock orders those who make room.
+For a shard with SHA-256 DIGEST the folder holds up to three files. DIGEST.tar is the whole, verified shard; it appears
+by a rename. DIGEST.SIZE.part is a download in progress; its name says how many bytes it will take. DIGEST.lock is
+locked while one process downloads; the next download removes the part of a killed process, whose lock is free. Lock
+files are not removed, because two processes could then hold one lock. bound.lock is held while space is freed.
 
-Use counts by modification time. The bound should hold two shuffle windows at least, the one being read and the one
-being fetched; a smaller one evicts shards that are still needed, which costs downloads and nothing else. An evicted
-shard takes disk until the last process closes it.
+The modification time of DIGEST.tar is the time of its last use. The bound should hold at least two shuffle windows, the
+one being read and the one being downloaded. A smaller bound evicts shards that are still needed, which costs only more
+downloads. An evicted shard takes disk space until the last process closes it.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -21,24 +20,26 @@ import shlex
 import shutil
 import threading
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from dsmim.shards import remote
+from dsmim.shards.atomic import remove_if_free
+from dsmim.shards.locks import locked
 
 Shard = tuple[str, int, str]  # URL, bytes, SHA-256
-_WHOLE = re.compile(r"[0-9a-f]{64}\.tar")  # nothing else in the folder is ever evicted,
-_PART = re.compile(r"[0-9a-f]{64}\.(\d+)\.part")  # or swept
-_POLL = 0.1  # seconds between looks whether there is room now
+_WHOLE = re.compile(r"[0-9a-f]{64}\.tar")  # only such files are evicted
+_PART = re.compile(r"[0-9a-f]{64}\.(\d+)\.part")  # only such files are removed as leftovers
+_POLL = 0.1  # seconds between two attempts to reserve space
 
 
 class ShardCache:
-    """At most max_bytes of shards in a folder of a local disk. Travels between processes, forked or pickled."""
+    """At most max_bytes of shards in a folder of a local disk. It may be forked or pickled into other processes."""
 
     def __init__(self, folder: Path, max_bytes: int, attempts: int = 5, first_wait: float = 1.0, timeout: float = 60.0):
-        """Creates the folder. attempts, first_wait and timeout (seconds) are remote.download's. Raises ValueError when
-        the folder cannot be created."""
+        """Create the folder. attempts, first_wait and timeout (seconds) are passed to remote.download. Raises
+        ValueError when the folder cannot be created."""
         self.folder, self.max_bytes = Path(folder), max_bytes
         self._retries = {"attempts": attempts, "first_wait": first_wait, "timeout": timeout}
         self._prefetcher: _Prefetcher | None = None
@@ -48,19 +49,19 @@ class ShardCache:
             raise ValueError(f"{folder}: cannot be created ({error.strerror}); set data.cache_dir") from None
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_prefetcher": None}  # a thread does not travel
+        return self.__dict__ | {"_prefetcher": None}  # a thread cannot be pickled
 
     def open(self, url: str, size: int, sha256: str) -> int:
-        """A read-only descriptor of the whole shard, downloaded when it is not here; the caller closes it. It stays
-        readable when another process evicts the shard.
+        """Return a read-only descriptor of the whole shard, after downloading it if necessary; the caller closes it.
+        It stays readable when another process evicts the shard.
 
-        Raises ValueError when the shard cannot be read, is not the one that was indexed, or finds no room.
+        Raises ValueError when the shard cannot be read, differs from its index, or does not fit.
         """
         try:
             if (descriptor := self._whole(size, sha256)) is not None:
                 return descriptor
-            with _lock(self.folder / f"{sha256}.lock"):
-                descriptor = self._whole(size, sha256)  # another process may have been at it
+            with locked(self.folder / f"{sha256}.lock"):
+                descriptor = self._whole(size, sha256)  # another process may just have downloaded it
                 return self._fetch(url, size, sha256) if descriptor is None else descriptor
         except OSError as error:
             raise ValueError(
@@ -69,9 +70,9 @@ class ShardCache:
             ) from error
 
     def prefetch(self, shards: list[Shard]) -> None:
-        """Download what is missing of these shards, in this order, in the background; what was still pending of an
-        earlier list is forgotten. Shards that another process downloads just now are left to it, none of the list is
-        evicted for another of it, and failures are silent: `open` will report them."""
+        """Download the missing ones of these shards in the background, in this order. What is still pending of an
+        earlier list is dropped. Shards that another process is downloading are left to it, no shard of the list is
+        evicted for another one of it, and failures are silent: `open` will report them."""
         for _, _, sha256 in shards:
             with suppress(OSError):
                 os.utime(self.folder / f"{sha256}.tar")
@@ -80,8 +81,9 @@ class ShardCache:
         self._prefetcher.replace(shards)
 
     def fetch_if_free(self, url: str, size: int, sha256: str, keep: Collection[str]) -> None:
-        """Download one shard, unless it is here, another process is at it, or a digest of `keep` would have to go."""
-        with _lock(self.folder / f"{sha256}.lock", wait=False) as held:
+        """Download one shard, unless it is in the cache, another process is downloading it, or a shard whose digest is
+        in `keep` would have to be evicted."""
+        with locked(self.folder / f"{sha256}.lock", wait=False) as held:
             if held and not (self.folder / f"{sha256}.tar").exists():
                 descriptor = self._fetch(url, size, sha256, keep)
                 if descriptor is not None:
@@ -92,16 +94,16 @@ class ShardCache:
             descriptor = os.open(self.folder / f"{sha256}.tar", os.O_RDONLY)
         except FileNotFoundError:
             return None
-        if os.fstat(descriptor).st_size != size:  # somebody wrote into it, or the index tells something else
+        if os.fstat(descriptor).st_size != size:  # it was written to, or the index says otherwise
             os.close(descriptor)
             return None
-        with suppress(OSError):  # another user's file: it counts as old as it is
+        with suppress(OSError):  # another user's file: its time cannot be set
             os.utime(descriptor)
         return descriptor
 
     def _fetch(self, url: str, size: int, sha256: str, keep: Collection[str] | None = None) -> int | None:
-        """Download under the shard's lock. With keep, None where there is no room; without, waits for downloads of
-        others to end, which need nothing of ours and can then be evicted."""
+        """Download a shard whose lock the caller holds. When there is no space: with `keep`, return None; without, wait
+        until downloads of other processes end, whose shards can then be evicted."""
         if size > self.max_bytes:
             raise ValueError(
                 f"{url}: has {size} bytes, and the cache may hold {self.max_bytes}; raise data.cache_gb, or cut the "
@@ -118,14 +120,14 @@ class ShardCache:
             part.unlink(missing_ok=True)
 
     def _download(self, url: str, part: Path, size: int, sha256: str) -> int:
-        for _ in range(2):  # a proxy may have kept an old copy, a disk may have flipped a bit: once afresh
+        for _ in range(2):  # the second time if a proxy had an old copy or the disk flipped a bit
             with part.open("w+b") as file:
                 remote.download(url, file, **self._retries)
                 found = file.seek(0, os.SEEK_END)
                 file.seek(0)
                 if found == size and hashlib.file_digest(file, "sha256").hexdigest() == sha256:
                     os.fsync(file.fileno())
-                    descriptor = os.open(part, os.O_RDONLY)  # before others can see, and evict, it
+                    descriptor = os.open(part, os.O_RDONLY)  # before other processes can see and evict it
                     part.rename(self.folder / f"{sha256}.tar")
                     return descriptor
         difference = f"{found} bytes instead of {size}" if found != size else "another SHA-256"
@@ -135,29 +137,33 @@ class ShardCache:
         )
 
     def _reserve(self, part: Path, size: int, keep: Collection[str]) -> bool:
-        """Make room and take it, so that no two processes count on the same bytes."""
-        with _lock(self.folder / "bound.lock"):
-            self._sweep(part.name.partition(".")[0])
-            if not self._make_room(size, keep):
+        """Free space and reserve it by an empty part; return whether it succeeded. No two processes count on the same
+        bytes."""
+        with locked(self.folder / "bound.lock"):
+            self._remove_leftovers(part.name.partition(".")[0])
+            if not self._free_space(size, keep):
                 return False
             part.touch()
             return True
 
-    def _sweep(self, own: str) -> None:
-        """Remove the parts of killed processes: those of our own shard, and those whose lock is free."""
+    def _remove_leftovers(self, own: str) -> None:
+        """Remove the parts of killed processes: those whose lock is free, and those of digest `own`, whose lock this
+        process holds."""
         for part in self._parts():
             digest = part.name.partition(".")[0]
-            with _lock(self.folder / f"{digest}.lock", wait=False) as held:
-                if held or digest == own:
-                    part.unlink(missing_ok=True)
+            if digest == own:
+                part.unlink(missing_ok=True)
+            else:
+                remove_if_free(part, self.folder / f"{digest}.lock")
 
     def _parts(self) -> list[Path]:
         return [path for path in self.folder.iterdir() if _PART.fullmatch(path.name)]
 
-    def _make_room(self, size: int, keep: Collection[str]) -> bool:
-        """Evict the shards that nobody used for longest, until the bound and the disk have room for `size` bytes."""
+    def _free_space(self, size: int, keep: Collection[str]) -> bool:
+        """Evict the least recently used shards until the bound and the disk have `size` bytes left; return whether the
+        bound has them. Raises OSError when the disk has not."""
         used = sum(int(_PART.fullmatch(part.name)[1]) for part in self._parts())
-        # Parts first: one that becomes a whole shard meanwhile is counted twice, and not overlooked.
+        # Parts are listed first: one that becomes a whole shard in between is counted twice rather than not at all.
         shards = [(path.stat(), path) for path in self.folder.iterdir() if _WHOLE.fullmatch(path.name)]
         used += sum(stat.st_size for stat, _ in shards)
         for stat, path in sorted(shards, key=lambda shard: shard[0].st_mtime_ns):
@@ -167,13 +173,13 @@ class ShardCache:
                 path.unlink()
                 used -= stat.st_size
         if shutil.disk_usage(self.folder).free < size:
-            raise OSError(errno.ENOSPC, f"its disk has not the {size} bytes free that the shard needs")
+            raise OSError(errno.ENOSPC, f"its disk does not have the {size} free bytes that the shard needs")
         return used + size <= self.max_bytes
 
 
 class _Prefetcher:
-    """The thread of one process that downloads a list. It is a daemon: the end of the program does not wait for it,
-    and what it leaves undone is a part."""
+    """The thread of one process that downloads a list of shards. It is a daemon: the program ends without waiting for
+    it, and an unfinished download is left as a part."""
 
     def __init__(self, cache: ShardCache):
         self.pid = os.getpid()
@@ -194,39 +200,5 @@ class _Prefetcher:
             for shard in shards:
                 if self._shards is not shards:
                     break
-                with suppress(Exception):  # whoever needs the shard meets the same error in `open`, which tells it
+                with suppress(Exception):  # the process that needs the shard gets the same error from `open`
                     self._cache.fetch_if_free(*shard, keep)
-
-
-# Locks held by this process. A child forked meanwhile would keep them locked after our death.
-_held: set[int] = set()
-
-
-def _drop_held() -> None:
-    for descriptor in _held:
-        os.close(descriptor)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_drop_held)
-
-
-@contextmanager
-def _lock(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock file, made where it is missing. Yields whether it is held: without wait, another may hold it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    _held.add(descriptor)
-    try:
-        yield _flock(descriptor, wait)
-    finally:
-        _held.discard(descriptor)  # first: the number is another file's as soon as it is closed
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # not by closing alone: a forked child may have the descriptor too
-        os.close(descriptor)
-
-
-def _flock(descriptor: int, wait: bool) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True

@@ -1,4 +1,7 @@
-"""Shards found, opened and indexed. Writing them is in shard_writer.py, checking them in verify.py."""
+"""From the patterns that name shards to their paths and indexes; indexing of many shards.
+
+dsmim/packing/writer.py writes shards, dsmim/packing/verify.py checks them.
+"""
 
 from __future__ import annotations
 
@@ -14,36 +17,29 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from dsmim.shards.index import (
-    SUFFIX,
-    ShardIndex,
-    index_file,
-    parse_page,
-    read_index,
-    write_atomically,
-    write_index,
-)
+from dsmim.shards.atomic import remove_leftovers, write_atomically
+from dsmim.shards.index import SUFFIX, ShardIndex, index_file, parse_page, read_index, write_index
 from dsmim.shards.parallel import parallel
 from dsmim.shards.remote import check, download, fetch_small, is_remote
 from dsmim.shards.subset import apply_subset
 
-OPENERS = 16  # threads that open sidecars where each open waits for a metadata server
-PROBE = 100  # sidecars that tell whether it does
-SLOW_OPEN = 3e-4  # seconds; below it the threads would only wait for one another
+OPENERS = 16  # threads that open sidecars, if opening one waits for a metadata server
+PROBE = 100  # sidecars that are opened first, to measure whether it does
+SLOW_OPEN = 3e-4  # seconds for one sidecar; if it takes less, threads would only wait for one another
 
 
 def expand(patterns: str | list[str], what: str = "data", allow_pipe: bool = False) -> list[str]:
-    """Shard paths of brace patterns and globs, each pattern's sorted; folders stand for the tars in them. URLs take
-    brace patterns only, in the order in which webdataset expands them.
+    """Return the shard paths of brace patterns and globs, those of one pattern sorted; a folder means the tars in it.
+    URLs may have brace patterns only, which are expanded in webdataset's order.
 
-    Raises ValueError, naming the pattern, when one of those that the braces stand for matches nothing, or a shard comes
-    twice.
+    Raises ValueError, beginning with `what` and naming the pattern, when one of the expanded patterns matches nothing
+    or a shard is named twice.
     """
     paths: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         for text in braceexpand(pattern):
             found = _matches(text, what, allow_pipe)
-            if not found:  # one missing out of a range, too: training would go on with less data
+            if not found:  # also for one missing in a range: training would continue with less data
                 raise ValueError(f"{what}: no shards match {text!r}" + (f" of {pattern!r}" if text != pattern else ""))
             paths += found
     if not paths:
@@ -61,7 +57,7 @@ def open_shards(
     subset: str | None = None,
     allow_pipe: bool = False,
 ) -> list[ShardIndex]:
-    """The indexes of all shards that the patterns name, in order; of a subset, with its samples alone.
+    """Return the indexes of all shards that the patterns name, in order; with `subset`, reduced to its samples.
 
     Raises ValueError for the first shard without a valid index.
     """
@@ -73,22 +69,25 @@ def open_shards(
 def index_all(
     patterns: list[str], index_dir: str | None, workers: int, force: bool = False, allow_pipe: bool = False
 ) -> list[ShardIndex]:
-    """Index every shard that has no valid index yet (all of them with force). Raises ValueError that lists the bad
-    ones, after the others are done."""
-    work = partial(_index_one, index_dir=index_dir, force=force)
-    return parallel(work, expand(patterns, allow_pipe=allow_pipe), workers, "index")
+    """Index every shard that has no valid index yet (with force, every shard). Raises ValueError that lists the bad
+    shards, after the others are done."""
+    shards = expand(patterns, allow_pipe=allow_pipe)
+    for folder in {Path(index_dir)} if index_dir else {Path(tar).parent for tar in shards if not is_remote(tar)}:
+        remove_leftovers(folder)
+    return parallel(partial(_index_one, index_dir=index_dir, force=force), shards, workers, "index")
 
 
 @contextmanager
 def local_copy(tar: str) -> Iterator[Path]:
-    """A local file with the shard's bytes: itself, or a download that is gone afterwards."""
+    """Yield a local file with the shard's bytes: the shard, or a download in a file without a name, which leaves
+    nothing behind when this process is killed."""
     if not is_remote(tar):
         yield Path(tar)
         return
-    with tempfile.NamedTemporaryFile(prefix="dsmim-", suffix=".tar") as file:
+    with tempfile.TemporaryFile(prefix="dsmim-", suffix=".tar") as file:
         download(tar, file)
         file.flush()
-        yield Path(file.name)
+        yield Path(f"/proc/self/fd/{file.fileno()}")
 
 
 def _read_indexes(paths: list[str], index_dir: str | None) -> list[ShardIndex]:
@@ -105,7 +104,7 @@ def _index_one(tar: str, index_dir: str | None, force: bool) -> ShardIndex:
         try:
             return read_index(tar, index_dir)
         except (ValueError, FileNotFoundError):
-            index_file(tar, index_dir)  # raises for what indexing cannot mend
+            index_file(tar, index_dir)  # raises what indexing cannot fix
         if is_remote(tar) and not tar.startswith("pipe:") and (published := _published(tar, index_dir)):
             return published
     with local_copy(tar) as copy:
@@ -113,17 +112,17 @@ def _index_one(tar: str, index_dir: str | None, force: bool) -> ShardIndex:
 
 
 def _published(tar: str, index_dir: str) -> ShardIndex | None:
-    """The sidecar that lies beside a remote shard, if there is one: it saves reading the shard. The digest in it is
-    held against the shard's bytes when they are downloaded."""
-    if "?" in tar:  # a signed address is good for the shard alone
+    """Copy the sidecar beside a remote shard, if there is one: it saves reading the shard. The digest in it is compared
+    with the shard's bytes when they are downloaded."""
+    if "?" in tar:  # a signed address is valid for the shard only
         return None
     try:
         data = fetch_small(tar + SUFFIX)
-    except ValueError:  # s3 forbids what is not there; reading the shard then tells what is wrong, if anything is
+    except ValueError:  # s3 answers 403 for missing objects; if more is wrong, reading the shard shows it
         return None
     path = index_file(tar, index_dir)
-    try:  # a server may answer a page that says "not found"
-        index = parse_page(data or b"", len(data or b""), tar, path, mend="")
+    try:  # a server may answer 200 with a page that says "not found"
+        index = parse_page(data or b"", len(data or b""), tar, path, fix="")
     except ValueError:
         return None
     write_atomically(Path(path), data)

@@ -1,4 +1,4 @@
-"""The same work on many shards, in processes, with a progress bar."""
+"""The same work on many shards, in worker processes, with a progress bar."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dsmim.shards.forking import end_with_parent
+
 
 def parallel(work: Callable, items: Iterable, workers: int, verb: str) -> list:
-    """`work` on every item, results in order. Every item is tried; then one ValueError lists what failed."""
+    """Return the results of `work` on every item, in the order of the items. `verb` labels the progress bar.
+
+    Every item is tried. Raises one ValueError that lists what failed, or says that a worker was killed.
+    """
     items = list(items)
     results, problems = [], []
     with _calls(work, items, min(workers, len(items))) as calls:
@@ -31,14 +36,14 @@ def parallel(work: Callable, items: Iterable, workers: int, verb: str) -> list:
 
 @contextmanager
 def _calls(work: Callable, items: list, workers: int) -> Iterator[Iterable[Callable[[], Any]]]:
-    """One call per item that gives its result: here for a single worker, else in a pool."""
+    """Yield one call per item that returns its result: computed here for a single worker, else in a pool."""
     if workers <= 1:
         yield [lambda item=item: work(item) for item in items]
         return
-    # spawn: threads that the parent may run do not survive a fork
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    # spawn: a fork would copy locks that other threads of this process may hold
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         try:
             yield [future.result for future in [pool.submit(work, item) for item in items]]
-        except BaseException:  # Ctrl-C: what has not begun need not
+        except BaseException:  # on Ctrl-C, drop the items that have not begun
             pool.shutdown(wait=False, cancel_futures=True)
             raise

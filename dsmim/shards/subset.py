@@ -1,8 +1,8 @@
-"""Subsets of a data set: a text file of keys, and beside it `LIST.rows`, which says where they stand.
+"""Subsets of a data set: a text file of keys, and beside it `LIST.rows`, which says where their samples are.
 
-All samples are put into one order that depends on the seed and their keys alone; a subset is its beginning. Hence a
-fraction has exactly floor(N·p) samples, and of one seed every smaller subset lies within every larger one, however
-the samples are spread over shards.
+All samples are put into one order that depends on the seed and their keys alone; a subset is its beginning. So a
+fraction p of N samples has exactly floor(N·p) samples. For one seed every larger subset contains every smaller one,
+and how the samples are spread over shards changes nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dsmim.shards.index import Rows, ShardIndex, fingerprint, shard_name, write_atomically
+from dsmim.shards.atomic import remove_leftovers, write_atomically
+from dsmim.shards.index import Rows, ShardIndex, fingerprint, shard_name
 from dsmim.shards.parallel import parallel
 from dsmim.shards.tar import NO_LABEL
 
@@ -29,12 +30,12 @@ SUFFIX = ".rows"
 def choose(
     shards: list[ShardIndex], fraction: Fraction, seed: int, balanced: bool, workers: int
 ) -> tuple[list[np.ndarray], bool]:
-    """Per shard, the rows of floor(N · fraction) samples drawn at random; and whether a key alone names a sample.
+    """Draw floor(N · fraction) of N samples at random. Return their rows per shard, and whether every key is unique.
 
-    balanced: equally many of every class, as far as they reach: counts differ by at most one between classes that are
-    not used up. Raises ValueError when a sample then has no class, or the fraction gives no sample.
+    balanced: draw equally many of every class, as far as a class has them: the counts of classes that are not used up
+    differ by at most one. Raises ValueError when a sample then has no class, or the fraction gives no sample.
     """
-    parts = parallel(partial(_ranks, seed=seed), shards, workers, "subset")
+    parts = parallel(partial(_hashes, seed=seed), shards, workers, "subset")
     order = np.concatenate([hashes for hashes, _ in parts])
     wanted = int(len(order) * fraction)
     if not wanted:
@@ -43,26 +44,28 @@ def choose(
         labels = np.concatenate([labels for _, labels in parts])
         if (missing := labels == NO_LABEL).any():
             raise ValueError(f"--balanced: {missing.sum()} of {len(labels)} samples have no class number (KEY.cls)")
-        chosen = np.lexsort((order, _turns(order, labels)))[:wanted]
+        chosen = np.lexsort((order, _places_in_class(order, labels)))[:wanted]
     else:
         chosen = np.argsort(order, kind="stable")[:wanted]
     return _by_shard(np.sort(chosen), shards), len(np.unique(order)) == len(order)
 
 
 def find(shards: list[ShardIndex], lines: Iterable[str]) -> list[np.ndarray]:
-    """Per shard, the rows of the samples that the lines name: a key, or a key, a tab and the shard's name or path.
+    """Return per shard the rows of the samples that the lines name: a key, or a key, a tab and the shard's name or
+    path.
 
-    Raises ValueError for keys that stand nowhere, or without the shard's name in several shards.
+    Raises ValueError for keys that are in no shard, or in several shards and without a shard's name.
     """
     wanted = set(lines)
     if not wanted:
         raise ValueError("the list of keys is empty")
-    found = parallel(partial(_named, wanted=wanted), shards, 1, "subset")  # here: the list would go to every worker
+    # in this process, because every worker would get the whole list
+    found = parallel(partial(_find_in_shard, wanted=wanted), shards, 1, "subset")
     seen: dict[str, str] = {}
     for shard, (_, names) in zip(shards, found, strict=True):
         for name in names:
             if name in seen:
-                raise ValueError(f"key {name!r} stands in {seen[name]} and {shard.tar}: add a tab and the shard's name")
+                raise ValueError(f"key {name!r} is in {seen[name]} and in {shard.tar}: add a tab and the shard's name")
             seen[name] = shard.tar
     if missing := sorted(wanted - seen.keys())[:3]:
         raise ValueError(f"{len(wanted) - len(seen)} of {len(wanted)} keys are not in the shards, such as {missing}")
@@ -70,47 +73,51 @@ def find(shards: list[ShardIndex], lines: Iterable[str]) -> list[np.ndarray]:
 
 
 def write_list(path: Path, shards: list[ShardIndex], rows: list[np.ndarray], unique: bool) -> None:
-    """The list of keys, with the shards' names if a key alone does not name a sample."""
+    """Write the list of keys; unless every key is unique, each with a tab and its shard's name.
+
+    Raises ValueError when a key contains a line break.
+    """
     text = "".join(f"{line}\n" for line in _lines(shards, rows, unique))
     if text.count("\n") != sum(map(len, rows)):
-        raise ValueError(f"{path}: some keys hold line breaks, which a list of lines cannot")
+        raise ValueError(f"{path}: some keys contain line breaks, which a list of lines cannot hold")
     write_atomically(path, text.encode("utf-8", "surrogateescape"))
 
 
 def read_list(path: Path) -> list[str]:
-    """The lines of a list of keys. Raises OSError when it cannot be read."""
+    """Return the lines of a list of keys. Raises OSError when it cannot be read."""
     text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     return [line for line in text.replace("\r\n", "\n").split("\n") if line]
 
 
 def write_rows(path: Path, shards: list[ShardIndex], rows: list[np.ndarray]) -> None:
-    """What a run reads: beside the list at `path`, the rows of its keys in these very shards."""
+    """Write what a run reads: beside the list at `path`, the rows of its keys in exactly these shards."""
     counts, flat = np.array([len(part) for part in rows], np.uint32), np.concatenate(rows).astype(np.uint32)
     about = {"data": fingerprint(shards), "list_bytes": str(path.stat().st_size)}
     about["digest"] = hashlib.sha256(counts.tobytes() + flat.tobytes()).hexdigest()
+    remove_leftovers(path.parent)
     write_atomically(Path(f"{path}{SUFFIX}"), save({"counts": counts, "rows": flat}, about))
 
 
 def apply_subset(shards: list[ShardIndex], path: str) -> list[ShardIndex]:
-    """The shards with the subset's samples alone.
+    """Return the shards reduced to the subset's samples.
 
-    Raises ValueError when the list, or its rows for these very shards, is missing or out of date.
+    Raises ValueError when the list, or its rows for exactly these shards, is missing or out of date.
     """
-    mend = f"run: dsmim shards subset SHARDS {shlex.quote(path)}"
+    fix = f"run: dsmim shards subset SHARDS {shlex.quote(path)}"
     listed, rows_file = Path(path), Path(f"{path}{SUFFIX}")
     if not listed.is_file():
-        raise ValueError(f"data.subset: no such file: {path}; {mend} --fraction P")
+        raise ValueError(f"data.subset: no such file: {path}; {fix} --fraction P")
     if not rows_file.is_file():
-        raise ValueError(f"data.subset: {path} is a list whose keys have not been found in the shards yet; {mend}")
+        raise ValueError(f"data.subset: {path} is a list whose keys have not been found in the shards yet; {fix}")
     try:
         with safe_open(rows_file, "np") as file:
             about, counts = file.metadata(), file.get_tensor("counts")
     except SafetensorError:
-        raise ValueError(f"data.subset: {rows_file} is damaged; {mend}") from None
+        raise ValueError(f"data.subset: {rows_file} is damaged; {fix}") from None
     if about["list_bytes"] != str(listed.stat().st_size) or listed.stat().st_mtime_ns > rows_file.stat().st_mtime_ns:
-        raise ValueError(f"data.subset: {path} has changed since its keys were found in the shards; {mend}")
+        raise ValueError(f"data.subset: {path} has changed since its keys were found in the shards; {fix}")
     if about["data"] != fingerprint(shards):
-        raise ValueError(f"data.subset: {path} was made for other shards than data.train names; {mend}")
+        raise ValueError(f"data.subset: {path} was made for other shards than data.train names; {fix}")
     ends = np.cumsum(counts, dtype=np.int64).tolist()
     begins = [0, *ends[:-1]]
     return [
@@ -119,33 +126,33 @@ def apply_subset(shards: list[ShardIndex], path: str) -> list[ShardIndex]:
     ]
 
 
-def _ranks(shard: ShardIndex, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Per sample 64 bits that decide its place in the order, and its label."""
+def _hashes(shard: ShardIndex, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return per sample 64 bits that decide its place in the order, and its label."""
     table = shard.table()
     digests = (hashlib.blake2b(f"{seed}/{key}".encode("utf-8", "surrogateescape"), digest_size=8) for key in table.keys)
     return np.frombuffer(b"".join(digest.digest() for digest in digests), "<u8"), table.labels
 
 
 def _by_shard(samples: np.ndarray, shards: list[ShardIndex]) -> list[np.ndarray]:
-    """Ascending sample numbers of the whole data set → each shard's rows."""
+    """Convert ascending sample numbers of the whole data set to rows per shard."""
     ends = np.cumsum([shard.samples for shard in shards])
     parts = np.split(samples, np.searchsorted(samples, ends[:-1]))
     return [part - begin for part, begin in zip(parts, [0, *ends[:-1]], strict=True)]
 
 
-def _turns(order: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Each sample's place within its class, 0 first."""
+def _places_in_class(order: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return each sample's place within its class, from 0."""
     sequence = np.lexsort((order, labels))
     ordered = labels[sequence]
     begins = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
     lengths = np.diff(np.append(begins, len(labels)))
-    turns = np.empty(len(labels), np.int64)
-    turns[sequence] = np.arange(len(labels)) - np.repeat(begins, lengths)
-    return turns
+    places = np.empty(len(labels), np.int64)
+    places[sequence] = np.arange(len(labels)) - np.repeat(begins, lengths)
+    return places
 
 
-def _named(shard: ShardIndex, wanted: set[str]) -> tuple[np.ndarray, list[str]]:
-    """Rows, and for each the line that named it."""
+def _find_in_shard(shard: ShardIndex, wanted: set[str]) -> tuple[np.ndarray, list[str]]:
+    """Return the wanted rows of a shard, and for each the line that names it."""
     marks, pairs = ("", f"\t{shard_name(shard.tar)}", f"\t{shard.tar}"), []
     for row, key in enumerate(shard.table().keys):
         pairs += [(row, key + mark) for mark in marks if key + mark in wanted][:1]

@@ -1,6 +1,6 @@
-"""WebDataset tars, anyone's: which samples a tar holds, and the members of one sample.
+"""WebDataset tars from any source: which samples a tar contains, and the members of one sample.
 
-A sample is a run of neighbouring members that share a key (webdataset's rule), one of which is an image. Headers are
+A sample is a run of successive members that share a key (webdataset's rule), one of which is an image. Headers are
 read by Python's tarfile, which knows ustar, GNU and pax.
 """
 
@@ -16,12 +16,12 @@ from typing import BinaryIO, NamedTuple
 BLOCK = tarfile.BLOCKSIZE
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 NO_LABEL = -1
-# WebDataset's rule: the key ends at the first dot of the file's name, folders belong to the key.
+# WebDataset's rule: the key ends at the first dot of the file's name and includes its folders.
 _MEMBER = re.compile(r"^((?:.*/|)[^./][^.]*)\.([^/]+)$")
 
 
 class Sample(NamedTuple):
-    """Where a sample stands in its tar."""
+    """Where a sample is in its tar."""
 
     key: str
     offset: int
@@ -29,7 +29,7 @@ class Sample(NamedTuple):
     length: int
     """Bytes up to the end of its last member's last block."""
     label: int
-    """The whole number from 0 in KEY.cls; NO_LABEL without one."""
+    """The class number (an integer from 0) in KEY.cls; NO_LABEL if there is none."""
 
 
 class _Member(NamedTuple):
@@ -41,40 +41,42 @@ class _Member(NamedTuple):
 
 
 def split_member(name: str) -> tuple[str, str] | None:
-    """('folder/000', 'jpg') of 'folder/000.jpg'; None for names that make no sample (no extension, hidden files)."""
+    """Split 'folder/000.jpg' into ('folder/000', 'jpg'); return None for names that belong to no sample (no extension,
+    hidden files)."""
     match = _MEMBER.match(name.removeprefix("./"))
     return (match[1], match[2].lower()) if match else None
 
 
 def is_image(extension: str) -> bool:
+    """Return whether a member with this extension is an image."""
     return extension in IMAGE_EXTENSIONS
 
 
 def scan(tar: Path, name: str) -> list[Sample]:
-    """Every sample of a tar that holds an image, in order.
+    """Return every sample of a tar that has an image, in order.
 
-    Raises ValueError, which calls the tar `name`, when it is no whole tar, a key or a member stands twice, or it holds
-    no image.
+    Raises ValueError, which calls the tar `name`, when it is no complete tar, contains a key or a member twice, or
+    contains no image.
     """
     samples: list[Sample] = []
     seen: set[str] = set()
     for members in _runs(tar, name):
         key, extensions = members[0].key, [member.extension for member in members]
         if key in seen:
-            raise ValueError(f"{name}: key {key!r} stands twice; every key must be one run of neighbouring files")
+            raise ValueError(f"{name}: key {key!r} occurs twice; all files of a key must follow one another")
         seen.add(key)
         if twice := next((e for e in extensions if extensions.count(e) > 1), None):
-            raise ValueError(f"{name}: {key}.{twice} stands twice; build the shard again")
+            raise ValueError(f"{name}: {key}.{twice} occurs twice; build the shard again")
         if any(map(is_image, extensions)):
             label = max(member.label for member in members)
             samples.append(Sample(key, members[0].offset, members[-1].end - members[0].offset, label))
     if not samples:
-        raise ValueError(f"{name}: holds no image (looked for {', '.join(IMAGE_EXTENSIONS)})")
+        raise ValueError(f"{name}: contains no image (looked for {', '.join(IMAGE_EXTENSIONS)})")
     return samples
 
 
 def parse_sample(data: bytes | bytearray) -> tuple[str, dict[str, memoryview]]:
-    """Key and members (extension → bytes, not copied) of the stretch of a tar that holds one sample.
+    """Return key and members (extension → bytes, not copied) of the part of a tar that contains one sample.
 
     Raises tarfile.TarError when it does not begin with a tar header.
     """
@@ -94,22 +96,21 @@ def parse_sample(data: bytes | bytearray) -> tuple[str, dict[str, memoryview]]:
 
 
 def _plain_header(data: bytes | bytearray, offset: int) -> tuple[str, int] | None:
-    """Name and size of a regular file with a short name; None for every other header, which tarfile then judges.
+    """Return name and size of a regular file with a short name; None for every other header, which tarfile then reads.
 
-    tarfile itself takes as long for a header as the rest of reading a sample. Layout: POSIX.1-1988 ustar. The checksum
-    is not looked at: a header that was damaged after indexing gives another key than the index's, or no number.
+    tarfile takes as long for one header as all else that reading a sample needs. Layout: POSIX.1-1988 ustar. The
+    checksum is ignored: a header that was damaged after indexing gives another key than the index, or no number.
     """
     if len(data) - offset < BLOCK or data[offset + 156] not in b"0\0":
         return None
-    if (
-        data[offset + 257 : offset + 265] == b"ustar  \0" and data[offset + 345]
-    ):  # old GNU: times, where ustar has a prefix
+    magic, prefix = data[offset + 257 : offset + 265], data[offset + 345]
+    if magic == b"ustar  \0" and prefix:  # old GNU: it has times where ustar has a prefix
         return None
     size = bytes(data[offset + 124 : offset + 136]).strip(b"\0 ")
-    if not size.isdigit():  # base 256, for more than 8 GiB; or damage
+    if not size.isdigit():  # base 256, used above 8 GiB; or damage
         return None
     name = bytes(data[offset : offset + 100]).partition(b"\0")[0]
-    if data[offset + 257 : offset + 263] == b"ustar\0" and data[offset + 345]:
+    if magic[:6] == b"ustar\0" and prefix:
         name = bytes(data[offset + 345 : offset + 500]).partition(b"\0")[0] + b"/" + name
     try:
         return name.decode("utf-8", "surrogateescape"), int(size, 8)
@@ -118,7 +119,7 @@ def _plain_header(data: bytes | bytearray, offset: int) -> tuple[str, int] | Non
 
 
 def read_sample(file: BinaryIO, offset: int, length: int) -> tuple[str, dict[str, memoryview]]:
-    """parse_sample of a stretch of an open tar; no key when no sample stands there."""
+    """Read and parse a part of an open tar, as parse_sample does; the key is "" when no sample is there."""
     file.seek(offset)
     try:
         return parse_sample(file.read(length))
@@ -138,7 +139,7 @@ def _parse_any(data: bytes | bytearray) -> tuple[str, dict[str, memoryview]]:
 
 
 def _runs(tar: Path, name: str) -> Iterator[list[_Member]]:
-    """Neighbouring members of one key."""
+    """Yield the successive members of one key."""
     run: list[_Member] = []
     for member in _members(tar, name):
         if run and member.key != run[0].key:
@@ -150,25 +151,25 @@ def _runs(tar: Path, name: str) -> Iterator[list[_Member]]:
 
 
 def _members(tar: Path, name: str) -> Iterator[_Member]:
-    """Every file that belongs to a sample, in order."""
+    """Yield every file that belongs to a sample, in order."""
     size = tar.stat().st_size
     try:
         with tarfile.open(tar, mode="r:") as archive:
             for member in archive:
-                stop = archive.offset  # of the next header: a sparse member's size is not what it takes up
+                stop = archive.offset  # of the next header: a sparse member takes less than its size
                 if stop > size:
                     raise ValueError(f"{name}: cut short inside {member.name!r} at byte {size}; copy or build it again")
                 if member.isfile() and (parts := split_member(member.name)):
                     label = _label(archive.extractfile(member).read()) if parts[1] == "cls" else NO_LABEL
                     yield _Member(*parts, member.offset, stop, label)
-                archive.members.clear()  # tarfile would keep every header of the shard in memory
+                archive.members.clear()  # else tarfile keeps every header of the shard in memory
             _check_end(tar, name, archive.offset, size)
     except tarfile.TarError as error:
         raise ValueError(f"{name}: no readable tar ({error}); copy or build it again") from None
 
 
 def _check_end(tar: Path, name: str, offset: int, size: int) -> None:
-    """tarfile takes a bad header, and the end of the file, for the end of the archive: tell them apart."""
+    """Check that the archive ends here: tarfile also stops, silently, at a bad header and at the end of the file."""
     with tar.open("rb") as file:
         file.seek(offset)
         block = file.read(BLOCK)
@@ -179,7 +180,7 @@ def _check_end(tar: Path, name: str, offset: int, size: int) -> None:
 
 
 def _label(text: bytes) -> int:
-    """Labels that are no class number are training's affair: another task may know what they mean."""
+    """Return the class number; NO_LABEL for other text, which a task may know how to read."""
     digits = text.strip()
     return int(digits) if digits.isdigit() and len(digits) < 10 else NO_LABEL
 

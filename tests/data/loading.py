@@ -1,4 +1,4 @@
-"""Global batches as every rank's loader gives them; as a script, one rank of several.
+"""Global batches, joined from the loaders of all ranks; run as a script, one rank of several.
 
     torchrun … loading.py SHARDS OUT WORKERS CONSUMED STEPS
 
@@ -27,7 +27,7 @@ BATCH = 12
 
 
 class SampleTransform:
-    """Every augmentation that draws random numbers, the label, and a mask."""
+    """Makes a sample of every augmentation that draws random numbers, the label, and a mask."""
 
     def __init__(self, augment: Augment = FULL):
         self.transform = train_transform(augment, 24)
@@ -43,7 +43,7 @@ def dataset(folder, classes=3, seed=5, window=2, transform=None, repeats=1) -> T
 
 
 def stream(folder, world, workers, consumed, steps, batch=BATCH, accumulation=1, **options) -> list[tuple]:
-    """Global batches as (keys, bytes of the tensors), put together from every rank's loader."""
+    """Return global batches as (keys, bytes of the tensors), joined from every rank's loader."""
     per_rank = [
         list(
             train_loader(dataset(folder, **options), consumed, steps, batch, accumulation, world, rank, workers, False)
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def digests(batch: dict) -> list[str]:
-    """Per sample its key and the SHA-256 of its tensors."""
+    """Return per sample its key and the SHA-256 of its tensors."""
     rows = zip(batch["key"], batch["image"], batch["mask"], batch["label"], strict=True)
     return [
         f"{key} {hashlib.sha256(b''.join(t.numpy().tobytes() for t in tensors)).hexdigest()}" for key, *tensors in rows

@@ -1,4 +1,4 @@
-"""What is wrong with images and shards, and what then happens: the table in docs/data.md, line by line."""
+"""Damaged images and shards, and what happens then: the lines of the table "Damage" in docs/data.md."""
 
 import io
 import os
@@ -18,7 +18,7 @@ from dsmim.data.loader import train_loader
 from dsmim.data.order import Order
 from dsmim.data.reader import DataError, ShardReader
 from dsmim.data.transforms import train_transform
-from dsmim.packing.verify import verify
+from dsmim.packing.verify import verify_shard
 from dsmim.recipe import Augment
 from dsmim.shards.index import write_index
 from dsmim.shards.opening import open_shards
@@ -36,7 +36,7 @@ def photo(mode: str = "RGB") -> Image.Image:
 
 
 def bomb(side: int = 40_000) -> bytes:
-    """A PNG header that promises side × side pixels."""
+    """Return a PNG whose header claims side × side pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -76,13 +76,13 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_every_kind_of_image_is_what_pillow_makes_of_it(name):
+def test_every_kind_of_image_is_decoded_as_by_pillow(name):
     reference = np.asarray(Image.open(io.BytesIO(IMAGES[name])).convert("RGB")).astype(int)
     assert np.abs(decode(IMAGES[name]).permute(1, 2, 0).numpy() - reference).max() <= 1
 
 
 def test_cmyk_jpegs_are_converted_as_pillow_does():
-    """Within what two roundings of ink to light may differ by."""
+    """Within 2 of 255: two decoders may round the conversion differently."""
     data = encoded(photo("CMYK"), "JPEG", quality=95)
     reference = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     assert np.abs(decode(data).permute(1, 2, 0).numpy() - reference).max() <= 2
@@ -109,13 +109,13 @@ def test_an_animation_gives_its_first_frame():
 
 
 def test_exif_orientation_is_not_applied():
-    """As in torchvision's ImageFolder, through which the published models saw ImageNet."""
+    """As in torchvision's ImageFolder, with which the published models were trained."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
+    exif[0x0112] = 6  # rotate by 90 degrees
     assert torch.equal(decode(encoded(photo(), "JPEG", exif=exif)), decode(encoded(photo(), "JPEG")))
 
 
-def test_the_bytes_tell_the_format_not_the_name(tmp_path):
+def test_the_bytes_decide_the_format_not_the_name(tmp_path):
     write_index(write_tar(tmp_path / "train-000.tar", [("a.jpg", encoded(photo(), "PNG"))]))
     assert dataset(tmp_path)[0]["undecodable"] == []
 
@@ -126,7 +126,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded():
     gif = bytearray(encoded(photo(), "GIF"))
     gif[6:10] = struct.pack("<HH", 65_000, 65_000)
     for data in (bomb(10_000), bytes(jpeg)):
-        with pytest.raises(Undecodable, match=f"{MAX_PIXELS} are taken for a decompression bomb"):
+        with pytest.raises(Undecodable, match=f"{MAX_PIXELS} count as a decompression bomb"):
             decode(data)
     with pytest.raises(Undecodable, match="decompression bomb"):
         decode(bytes(gif))
@@ -135,7 +135,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded():
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 @pytest.mark.parametrize("decoding", ["exact", "scaled"])
 def test_random_damage_is_undecodable_or_decoded_and_nothing_else(kind, decoding):
-    """Neither another exception nor the end of the process."""
+    """No other exception is raised, and the process does not crash."""
     whole, chance = encoded(photo().resize((200, 150)), kind), random.Random(7)
     transform = train_transform(Augment(decode=decoding), 24)
     for _ in range(60):
@@ -158,12 +158,12 @@ BAD_IMAGES = {
     "cut JPEG": (encoded(photo().resize((300, 300)), "JPEG")[:1200], "truncated"),
     "bomb": (bomb(), "decompression bomb"),
     "PNG with a flipped bit": (flipped(encoded(photo().resize((300, 300)), "PNG"), 5000), ""),
-    "JPEG of no height": (no_height(encoded(photo(), "JPEG")), "48 × 0 pixels"),
+    "JPEG without height": (no_height(encoded(photo(), "JPEG")), "48 × 0 pixels"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_IMAGES)
-def test_a_bad_image_is_stood_in_for_and_moves_no_other(tmp_path, name):
+def test_a_bad_image_is_replaced_and_no_other_sample_moves(tmp_path, name):
     data, why = BAD_IMAGES[name]
     good = [(f"k{i}.jpg", encoded(photo().rotate(40 * i), "JPEG")) for i in range(6)]
     write_index(write_tar(tmp_path / "good/train-000.tar", good))
@@ -176,24 +176,24 @@ def test_a_bad_image_is_stood_in_for_and_moves_no_other(tmp_path, name):
             assert b["key"] == "k4" and why in b["undecodable"][0] and "train-000.tar: k3.jpg" in b["undecodable"][0]
         else:
             assert a["key"] == b["key"] and torch.equal(a["image"], b["image"]) and not b["undecodable"]
-    problems = verify(str(bad), decode_images=True)
+    problems = verify_shard(str(bad), decode_images=True)
     assert len(problems) == 1 and "k3.jpg cannot be decoded" in problems[0] and why in problems[0]
 
 
-def test_a_member_twice_and_a_key_twice_are_errors_at_once(tmp_path):
-    with pytest.raises(ValueError, match=r"t\.tar: a\.jpg stands twice"):
+def test_a_member_twice_and_a_key_twice_are_errors_at_indexing(tmp_path):
+    with pytest.raises(ValueError, match=r"t\.tar: a\.jpg occurs twice"):
         write_index(write_tar(tmp_path / "t.tar", [("a.jpg", b"1"), ("a.cls", b"0"), ("a.jpg", b"2")]))
-    with pytest.raises(ValueError, match="key 'a' stands twice"):
+    with pytest.raises(ValueError, match="key 'a' occurs twice"):
         write_index(write_tar(tmp_path / "u.tar", [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.cls", b"0")]))
 
 
-def test_labels_of_a_part_of_the_samples_are_reported(tmp_path):
+def test_labels_that_only_a_part_of_the_samples_has_are_reported(tmp_path):
     tar = write_tar(tmp_path / "t.tar", [("a.png", image_bytes(0)), ("a.cls", b"1"), ("b.png", image_bytes(1))])
     write_index(tar)
-    assert verify(str(tar)) == [f"{tar}: 1 of 2 samples have no class number (KEY.cls), the first b"]
+    assert verify_shard(str(tar)) == [f"{tar}: 1 of 2 samples have no class number (KEY.cls), the first b"]
 
 
-def test_a_shard_that_is_cut_while_training(tmp_path):
+def test_a_shard_that_is_cut_during_training(tmp_path):
     path = make_shards(tmp_path, [30])[0]
     data = dataset(tmp_path)
     data[0]
@@ -206,20 +206,20 @@ def test_a_shard_that_is_cut_while_training(tmp_path):
         open_shards(str(path))
 
 
-def test_a_shard_that_is_overwritten_while_training(tmp_path):
-    """In place and of the same size, so that neither the descriptor nor the size tells."""
+def test_a_shard_that_is_overwritten_during_training(tmp_path):
+    """In place and with the same size, so that neither the descriptor nor the size shows it."""
     path = make_shards(tmp_path, [30])[0]
     data = dataset(tmp_path)
     data[0]
     other = write_tar(tmp_path / "other.tar", [(f"x{i:05d}.png", image_bytes(7)) for i in range(60)]).read_bytes()
     with path.open("r+b") as file:
         file.write(other.ljust(path.stat().st_size, b"\0")[: path.stat().st_size])
-    with pytest.raises(DataError, match=r"train-000\.tar: has changed since it was indexed: at byte \d+ stands"):
+    with pytest.raises(DataError, match=r"train-000\.tar: has changed since it was indexed: at byte \d+ is"):
         [data[position] for position in range(30)]
 
 
-def test_a_shard_that_is_replaced_or_removed_while_it_is_open_is_read_on(tmp_path):
-    """The descriptor keeps the old file; who opens it anew is told."""
+def test_a_shard_that_is_removed_while_it_is_open_can_still_be_read(tmp_path):
+    """The descriptor keeps the old file; opening the shard again is an error."""
     path = make_shards(tmp_path, [10])[0]
     data = dataset(tmp_path)
     before = [data[position]["key"] for position in range(10)]
@@ -229,7 +229,7 @@ def test_a_shard_that_is_replaced_or_removed_while_it_is_open_is_read_on(tmp_pat
         TarDataset(ShardReader(data.reader.shards), data.order, data.transform, None)[0]
 
 
-def test_damage_in_a_worker_ends_in_one_message_and_does_not_hang(tmp_path):
+def test_damage_in_a_worker_gives_one_message_and_does_not_hang(tmp_path):
     path = make_shards(tmp_path, [30])[0]
     data = dataset(tmp_path)
     os.truncate(path, 3000)
@@ -238,7 +238,7 @@ def test_damage_in_a_worker_ends_in_one_message_and_does_not_hang(tmp_path):
     assert str(caught.value).startswith(f"{path}: has changed: 3000 bytes where")
 
 
-def test_an_index_that_is_replaced_while_training(tmp_path):
+def test_an_index_that_is_replaced_during_training(tmp_path):
     path = make_shards(tmp_path, [5])[0]
     data = dataset(tmp_path)
     sidecar, (other,) = path.with_name(path.name + ".dsmi"), make_shards(tmp_path / "other", [5], side=44)

@@ -1,4 +1,4 @@
-"""What a worker does to a sample: decoding, the sample's own randomness, stand-ins, labels."""
+"""What a worker does with a sample: decoding, its random stream, replacement, labels, transforms."""
 
 import io
 import random
@@ -31,7 +31,7 @@ def test_repeats_differ_in_their_augmentation(shards):
     assert not torch.equal(first[0]["image"], first[1]["image"])
 
 
-def test_the_caller_s_random_streams_are_left_alone(shards):
+def test_the_caller_s_random_streams_do_not_change(shards):
     def state():
         return (
             random.getstate(),
@@ -51,12 +51,12 @@ def test_the_caller_s_random_streams_are_left_alone(shards):
 
 
 def broken_folder(tmp_path, bad=(4,), n=8):
-    members = [(f"k{i:05d}.png", b"rubbish" if i in bad else image_bytes(i)) for i in range(n)]
+    members = [(f"k{i:05d}.png", b"damage" if i in bad else image_bytes(i)) for i in range(n)]
     write_index(write_tar(tmp_path / "train-000.tar", members))
     return tmp_path
 
 
-def test_an_undecodable_image_is_replaced_by_its_neighbour(tmp_path):
+def test_an_undecodable_image_is_replaced_by_the_next_one(tmp_path):
     data = dataset(broken_folder(tmp_path), classes=None)
     samples = {data.order[p].row: data[p] for p in range(8)}
     assert samples[4]["key"] == "k00005" and "k00004.png cannot be decoded" in samples[4]["undecodable"][0]
@@ -67,7 +67,7 @@ def test_an_undecodable_image_is_replaced_by_its_neighbour(tmp_path):
     assert all(torch.equal(data[p]["image"], reference[p]["image"]) for p in range(8) if data.order[p].row != 4)
 
 
-def test_stand_in_wraps_around_and_gives_up(tmp_path):
+def test_replacement_wraps_around_and_ends_after_ten_attempts(tmp_path):
     data = dataset(broken_folder(tmp_path, bad=(7,)), classes=None)
     position = next(p for p in range(8) if data.order[p].row == 7)
     assert data[position]["key"] == "k00000"
@@ -76,7 +76,7 @@ def test_stand_in_wraps_around_and_gives_up(tmp_path):
         hopeless[0]
 
 
-def test_evaluation_leaves_undecodable_images_out(tmp_path):
+def test_evaluation_does_not_count_undecodable_images(tmp_path):
     folder = broken_folder(tmp_path)
     transform = eval_transform(Augment(), 24)
     reader = ShardReader(open_shards(f"{folder}/train-*.tar"))
@@ -100,7 +100,7 @@ def test_evaluation_counts_every_sample_once_in_the_same_batches(shards, world):
 
 @pytest.mark.parametrize(
     ("label", "message"),
-    [(None, "no label"), (b"two", "no whole number"), (b"3", "is 3; task.num_classes 3 allows 0 to 2")],
+    [(None, "no label"), (b"two", "no integer"), (b"3", "is 3; task.num_classes 3 allows 0 to 2")],
 )
 def test_bad_labels_name_the_sample(tmp_path, label, message):
     members = [("a.png", image_bytes(0))] + ([("a.cls", label)] if label else [])
@@ -109,7 +109,7 @@ def test_bad_labels_name_the_sample(tmp_path, label, message):
         dataset(tmp_path)[0]
 
 
-def test_errors_cross_the_worker_without_a_traceback(tmp_path):
+def test_errors_of_a_worker_reach_the_rank_without_a_traceback(tmp_path):
     write_index(write_tar(tmp_path / "train-000.tar", [("a.png", image_bytes(0))]))
     with pytest.raises(DataError) as caught:
         next(iter(train_loader(dataset(tmp_path), 0, 1, 1, 1, 1, 0, workers=1, pin=False)))
@@ -121,16 +121,16 @@ def test_decoders(kind):
     assert decode(image_bytes(3, kind=kind)).shape == (3, 40, 43)
 
 
-def test_seeding_a_sample_leaves_an_accelerator_s_stream_alone(monkeypatch):
+def test_seeding_a_sample_does_not_seed_a_gpu(monkeypatch):
     """torch.manual_seed would reseed every GPU: all ranks would then draw the same drop path."""
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU was reseeded"))
     with seeded(7):
         torch.rand(1)
 
 
-def test_rubbish_is_undecodable():
+def test_damaged_bytes_are_undecodable():
     with pytest.raises(Undecodable):
-        decode(b"rubbish")
+        decode(b"damage")
     with pytest.raises(Undecodable):
         decode(b"")
     with pytest.raises(Undecodable):
@@ -152,8 +152,8 @@ def test_eval_transform_is_resize_and_centre_crop():
     assert torch.equal(transform(data), image[:, 4:36, 14:46])  # short side 40 already: only the crop is left
 
 
-def test_rand_augment_at_its_strongest_survives():
-    """timm's Posterize then asks Pillow for 0 bits, which newer versions refuse."""
+def test_rand_augment_works_at_its_greatest_strength():
+    """timm's Posterize then passes 0 bits to Pillow, which newer versions refuse."""
     transform = train_transform(Augment(rand_augment="rand-m10-inc1"), 24)
     data = image_bytes(1)
     for key in range(300):
@@ -163,7 +163,7 @@ def test_rand_augment_at_its_strongest_survives():
 
 @pytest.mark.parametrize("shape", [(375, 500), (500, 333), (40, 400), (500, 30), (7, 7)])
 @pytest.mark.parametrize(("scale", "ratio"), [((0.67, 1.0), (3 / 4, 4 / 3)), ((0.08, 1.0), (0.5, 2.0))])
-def test_crops_are_distributed_as_torchvision_s(shape, scale, ratio):
+def test_crops_have_the_distribution_of_torchvision_s(shape, scale, ratio):
     """Fallbacks included: for top, left, height and width the Kolmogorov-Smirnov distance of two samples of 2,000."""
     ours = train_transform(Augment(crop_scale=scale, crop_ratio=ratio), 24).steps[0]
     theirs = v2.RandomResizedCrop(24, scale, ratio)
@@ -179,7 +179,7 @@ def test_crops_are_distributed_as_torchvision_s(shape, scale, ratio):
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
-def test_resized_pixels_are_torchvision_s(mode):
+def test_resized_pixels_equal_torchvision_s(mode):
     image = torch.randint(256, (3, 90, 130), dtype=torch.uint8)
     transform = train_transform(Augment(interpolation=mode, hflip=0.5), 24)
     data, flips = encode_png(image).numpy().tobytes(), 0
@@ -195,8 +195,8 @@ def test_resized_pixels_are_torchvision_s(mode):
     assert 0 < flips < 20
 
 
-def test_scaled_decoding_sees_the_same_crops_a_little_differently():
-    """Only where the crop has twice the input's side; smaller images stay exact."""
+def test_scaled_decoding_gives_almost_the_same_crops():
+    """Crops with twice the side of the network's input are decoded smaller; images too small for that stay exact."""
     y, x = np.mgrid[0:260, 0:300]
     waves = np.stack([127 + 120 * np.sin(x / 23 + c) * np.cos(y / 31) for c in range(3)], axis=-1).astype(np.uint8)
     for shape, differs in (((260, 300), True), ((60, 60), False)):
@@ -218,4 +218,4 @@ def test_scaled_decoding_names_damage(tmp_path):
     transform = train_transform(Augment(decode="scaled"), 24)
     with pytest.raises(Undecodable, match="truncated"):
         transform(buffer.getvalue()[:3000])
-    assert transform(image_bytes(3, side=90)).shape == (3, 24, 24)  # PNG: as ever
+    assert transform(image_bytes(3, side=90)).shape == (3, 24, 24)  # PNG: decoded exactly

@@ -1,4 +1,4 @@
-"""The same global batches, byte for byte, at any world size and worker count, and when both change in mid-epoch."""
+"""The same global batches, byte for byte, at any world size and number of workers, also if both change in an epoch."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_an_epoch_shows_every_sample_once(straight):
 
 @pytest.mark.parametrize("before", [(1, 0), (2, 2), (4, 4)])
 @pytest.mark.parametrize("after", [(1, 4), (2, 0), (4, 2)])
-def test_both_change_at_a_resume_in_mid_epoch(shards, straight, before, after):
+def test_both_change_at_a_resume_within_an_epoch(shards, straight, before, after):
     assert stream(shards, *before, 0, 3) + stream(shards, *after, 36, 5) == straight
 
 
@@ -74,7 +74,7 @@ def test_any_shape(tmp_path_factory, counts, window, per_rank, sessions, repeats
 
 
 def test_real_processes(shards, tmp_path):
-    """Ranks started by torchrun, each with its own loader and workers: what all of them print, put together."""
+    """Ranks started by torchrun, each with its own loader and workers; the samples of all ranks are joined."""
 
     def session(world: int, workers: int, consumed: int, steps: int) -> list[str]:
         out = tmp_path / f"{world}-{workers}-{consumed}"
@@ -87,9 +87,9 @@ def test_real_processes(shards, tmp_path):
 
     batches = train_loader(dataset(shards), 0, 8, 12, 1, 1, 0, 0, False)
     straight = [sample for batch in batches for sample in digests(batch)]
-    assert len(straight) == 96 and len(set(straight)) == 96  # augmented anew in the second epoch
+    assert len(straight) == 96 and len(set(straight)) == 96  # the second epoch has other augmentations
     assert session(4, 2, 0, 3) + session(2, 4, 36, 5) == straight
 
 
-def test_shards_are_what_the_test_says(shards):
+def test_the_shards_have_the_sizes_that_the_tests_assume(shards):
     assert [index.samples for index in open_shards(f"{shards}/train-*.tar")] == [17, 3, 13, 11, 9]

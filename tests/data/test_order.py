@@ -25,7 +25,7 @@ def test_every_epoch_is_a_single_pass(counts, seed, window, repeats, epoch):
 
 @given(counts_of_shards, st.integers(0, 9), st.integers(1, 10), st.lists(st.integers(0, 200), min_size=1, max_size=20))
 def test_random_access_equals_sequential(counts, seed, window, positions):
-    """A resume, a worker and a rank jump into the middle: they must see what a straight run sees."""
+    """A resume, a worker and a rank begin in the middle: they must see what an uninterrupted run sees."""
     straight = Order(counts, seed, window)
     sequence = [straight[position] for position in range(201)]
     for position in positions:
@@ -37,7 +37,7 @@ def test_random_access_equals_sequential(counts, seed, window, positions):
     st.integers(1, 8),
 )  # fmt: skip
 def test_global_batches_do_not_depend_on_the_world(per, world, other, consumed, steps):
-    """Any world size, changed in mid-run: ranks' slices joined are the same positions in the same order."""
+    """At any world size, also changed during a run, the joined slices of ranks are the same positions in order."""
     batch = per * 12
     begins = range(consumed, consumed + steps * batch, batch)
     seen = [
@@ -47,7 +47,7 @@ def test_global_batches_do_not_depend_on_the_world(per, world, other, consumed, 
     assert seen[0] == seen[1] == list(range(consumed, consumed + steps * batch))
 
 
-def test_windows_keep_reads_near_one_another():
+def test_a_window_reads_only_its_own_shards():
     order = Order([100] * 20, seed=1, window=4)
     for begin in range(0, 2000, 400):
         assert len({order[p].shard for p in range(begin, begin + 400)}) == 4
@@ -61,7 +61,7 @@ def test_epochs_seeds_and_windows_differ():
 
 
 def test_the_order_is_a_fixed_function():
-    """A change of these numbers breaks every run that is under way."""
+    """A change of these numbers breaks every unfinished run."""
     assert [Order([4, 4, 4], seed=7, window=2)[p].sample for p in range(12)] == GOLDEN
 
 
@@ -69,13 +69,13 @@ GOLDEN = [1, 0, 9, 11, 3, 10, 8, 2, 7, 4, 6, 5]
 
 
 def test_mixing_is_close_to_uniform():
-    """With one window over everything, a sample's place is uniform: chi-square over 16 bins of 4,000 epochs."""
+    """With one window over all shards, a sample's place is uniform: chi-square of 4,000 epochs in 16 bins."""
     places = np.array([[Order([8, 8], seed=s, window=2)[p].sample for p in range(16)].index(3) for s in range(4000)])
     observed = np.bincount(places, minlength=16)
     assert ((observed - 250) ** 2 / 250).sum() < 37.7  # 99.9 % quantile at 15 degrees of freedom
 
 
-def test_numbers_that_do_not_fit():
+def test_batches_that_ranks_cannot_share():
     with pytest.raises(ValueError, match="100 cannot be shared evenly by 3 ranks"):
         rank_positions(0, 100, 3, 0)
     with pytest.raises(ValueError, match="96 is not a multiple of 2 ranks × micro batch 36"):

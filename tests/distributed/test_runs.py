@@ -126,7 +126,7 @@ def test_a_finished_run_and_a_changed_recipe(finished):
     three = ("torchrun", "--nproc-per-node", 3, "--master-port", free_port(), "-m", "dsmim", "train", recipe)
     uneven = run(*three, "--run-dir", run_dir, check=False)
     assert uneven.returncode == 1 and "8 cannot be shared evenly by 3 ranks" in uneven.stderr
-    assert "go on by 2 or 4 ranks" in uneven.stderr
+    assert "resume on 2 or 4 ranks" in uneven.stderr
 
 
 def test_finetuning_starts_from_the_pretrained_encoder(tmp_path, shards):

@@ -14,8 +14,8 @@ def server(monkeypatch):
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """An s3 client of a local server that has one bucket, "shards"; the environment points there."""
-    import boto3  # here: together they take a second, which other tests need not wait for
+    """An s3 client of a local server with one bucket, "shards"; the environment names that server."""
+    import boto3  # imported here, because these two take a second that other tests do not need
     from moto.server import ThreadedMotoServer
 
     endpoint = ThreadedMotoServer("127.0.0.1", 0, verbose=False)

@@ -1,14 +1,15 @@
-"""A web server on loopback that misbehaves as told."""
+"""A web server on loopback that fails as a test plans it, and waiting for what happens in the background."""
 
 import threading
+import time
 from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files`; `plans` say, per path, how the next answers go: a status, "cut" or "stall" half-way, "slow",
-    "stale" (other contents)."""
+    """Serves `files`. `plans` has, per path, a list of how the next requests fail: a status, "cut" or "stall" (in the
+    middle), "slow", "stale" (other contents)."""
 
     daemon_threads = True
 
@@ -39,12 +40,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data[:half])
         self.wfile.flush()
         if step in ("stall", "slow"):
-            self.server.closing.wait(20 if step == "stall" else 0.4)
+            self.server.closing.wait(120 if step == "stall" else 0.4)
         if step not in ("cut", "stall"):
             self.wfile.write(data[half:])
 
     def log_message(self, *words):
         pass
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    """Wait until a condition is true. Fail after `seconds`, which are many times what a busy machine needs."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
 
 
 @contextmanager

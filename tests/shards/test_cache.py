@@ -1,4 +1,4 @@
-"""The node's cache of remote shards, shared by real processes that are forked and killed."""
+"""The cache of remote shards on a node, shared by real processes that are forked and killed."""
 
 import contextlib
 import hashlib
@@ -17,6 +17,7 @@ import pytest
 
 from dsmim.shards.cache import ShardCache
 from tests.conftest import environment
+from tests.shards.servers import wait_for
 
 SIZE = 200_000
 QUICK = {"first_wait": 0.01, "timeout": 5.0}
@@ -29,13 +30,13 @@ def cache(tmp_path):
 
 
 def put(server, number: int, *plan) -> tuple[str, int, str]:
-    """A shard on the server: its URL, size and digest."""
+    """Put a shard on the server; return its URL, size and digest."""
     data = random.Random(number).randbytes(SIZE)
     return server.add(f"/{number}.tar", data, *plan), SIZE, hashlib.sha256(data).hexdigest()
 
 
 def contents(descriptor: int) -> str:
-    """The digest of what a descriptor reads, which it closes."""
+    """Return the digest of what a descriptor reads, and close it."""
     with os.fdopen(descriptor, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -44,24 +45,17 @@ def held(cache) -> set[str]:
     return {path.stem for path in cache.folder.glob("*.tar")}
 
 
-def wait_for(condition, seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
-
-
 def open_all(cache, shards) -> None:
     for shard in shards:
         assert contents(cache.open(*shard)) == shard[2]
 
 
 def in_processes(count: int, target, *args) -> None:
-    together([fork.Process(target=target, args=args) for _ in range(count)])
+    run_processes([fork.Process(target=target, args=args) for _ in range(count)])
 
 
-def together(processes, count=lambda: 0) -> int:
-    """Run processes to their good end; returns the most that `count` counted meanwhile."""
+def run_processes(processes, count=lambda: 0) -> int:
+    """Run processes at the same time, and check that they succeed; return the largest value of `count` during that."""
     most = 0
     for process in processes:
         process.start()
@@ -98,7 +92,7 @@ def test_contents_that_are_not_what_was_indexed(server, cache):
     open_all(cache, [(url, size, digest)])
 
 
-def test_a_stale_copy_is_fetched_afresh(server, cache):
+def test_a_stale_copy_is_downloaded_again(server, cache):
     shard = put(server, 0)
     server.plans["/0.tar"] = ["stale"]
     open_all(cache, [shard])
@@ -113,9 +107,9 @@ def test_a_damaged_file_of_another_size_is_not_used(server, cache):
     assert server.gets["/0.tar"] == 2
 
 
-def test_the_bound_evicts_what_was_used_longest_ago(server, tmp_path):
+def test_the_bound_evicts_the_least_recently_used(server, tmp_path):
     cache = ShardCache(tmp_path, 3 * SIZE + 10, **QUICK)
-    (tmp_path / "mine.tar").write_bytes(bytes(9 * SIZE))  # somebody's file: neither counted nor evicted
+    (tmp_path / "mine.tar").write_bytes(bytes(9 * SIZE))  # a file of the user: neither counted nor evicted
     shards = [put(server, number) for number in range(4)]
     first = cache.open(*shards[0])
     for number in (1, 2, 1, 3):
@@ -129,11 +123,11 @@ def test_the_bound_evicts_what_was_used_longest_ago(server, tmp_path):
 
 
 def test_many_processes_keep_the_bound(server, tmp_path):
-    """Downloads under way count, too: with room for two shards, four processes wait for one another."""
+    """Downloads in progress count too: with space for two shards, four processes wait for each other."""
     cache = ShardCache(tmp_path, 2 * SIZE, **QUICK)
     shards = [put(server, number, "slow") for number in range(4)]
     processes = [fork.Process(target=open_all, args=(cache, [shard])) for shard in shards]
-    most = together(processes, lambda: sum(path.suffix in (".tar", ".part") for path in tmp_path.iterdir()))
+    most = run_processes(processes, lambda: sum(path.suffix in (".tar", ".part") for path in tmp_path.iterdir()))
     assert most == 2 and len(held(cache)) == 2
 
 
@@ -150,7 +144,7 @@ def test_too_large_for_the_disk(server, tmp_path):
 
 
 def test_the_disk_fills_while_writing(server, cache):
-    """Another limit of the kernel stands for a full disk."""
+    """A limit on the size of files takes the place of a full disk."""
     in_processes(1, _write_too_much, cache, put(server, 0))
     assert not held(cache) and not list(cache.folder.glob("*.part"))
 
@@ -161,7 +155,7 @@ def _write_too_much(cache, shard):
         cache.open(*shard)
 
 
-def test_a_folder_that_cannot_be(tmp_path):
+def test_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/file/cache: cannot be created")):
         ShardCache(tmp_path / "file" / "cache", 1)
@@ -184,7 +178,7 @@ def test_a_new_list_replaces_what_is_pending(server, cache):
     assert set(server.gets) == {"/0.tar", "/3.tar"}
 
 
-def test_prefetch_evicts_none_of_its_own_list(server, tmp_path):
+def test_prefetch_evicts_no_shard_of_its_own_list(server, tmp_path):
     cache = ShardCache(tmp_path, 2 * SIZE, **QUICK)
     old, *shards = (put(server, number) for number in range(4))
     open_all(cache, [old])
@@ -197,7 +191,7 @@ def test_prefetch_evicts_none_of_its_own_list(server, tmp_path):
 def test_processes_that_prefetch_the_same_list_share_the_work(server, cache):
     shards = [put(server, number, "slow") for number in range(6)]
     processes = [fork.Process(target=_prefetch_and_wait, args=(cache, shards)) for _ in range(2)]
-    assert together(processes, lambda: len(list(cache.folder.glob("*.part")))) == 2  # both were at it
+    assert run_processes(processes, lambda: len(list(cache.folder.glob("*.part")))) == 2  # both downloaded
     assert dict(server.gets) == {f"/{number}.tar": 1 for number in range(6)}
 
 
@@ -206,7 +200,7 @@ def _prefetch_and_wait(cache, shards):
     wait_for(lambda: len(held(cache)) == len(shards))
 
 
-def test_a_child_forked_during_a_prefetch_has_a_thread_of_its_own(server, cache):
+def test_a_child_forked_during_a_prefetch_has_its_own_thread(server, cache):
     shards = [put(server, number, "slow") for number in range(3)]
     cache.prefetch(shards[:1])
     wait_for(lambda: server.gets["/0.tar"])
@@ -227,21 +221,21 @@ while not list(cache.folder.glob("*.part")):
     time.sleep(0.01)
 time.sleep(0.2)  # well into the download
 if do == "fork" and os.fork() == 0:
-    time.sleep(30)
+    time.sleep(600)
 if do == "fork":
     print("forked", flush=True)
-    time.sleep(30)
+    time.sleep(600)
 """
 
 
 def begin(cache, shard, do: str) -> subprocess.Popen:
-    """A process that begins to read a shard, in its own group."""
+    """Start a process, in its own process group, that begins to download a shard."""
     words = [sys.executable, "-c", BEGIN, str(cache.folder), *map(str, shard), do]
     pipe = subprocess.PIPE
     return subprocess.Popen(words, stdout=pipe, stderr=pipe, env=environment(), start_new_session=True, text=True)
 
 
-def test_a_killed_download_leaves_nothing_in_the_way(server, cache):
+def test_a_killed_download_blocks_nothing_and_its_part_is_removed(server, cache):
     shard, other = put(server, 0, "stall", "stall"), put(server, 1)
     for _ in range(2):
         process = begin(cache, shard, "open")
@@ -249,7 +243,7 @@ def test_a_killed_download_leaves_nothing_in_the_way(server, cache):
         process.kill()
         process.communicate()
         assert not held(cache)
-        open_all(cache, [other])  # sweeps the part of the dead
+        open_all(cache, [other])  # removes the part of the killed process
         assert not list(cache.folder.glob("*.part")) and held(cache) == {other[2]}
         (cache.folder / f"{other[2]}.tar").unlink()
     server.plans["/0.tar"] = []
@@ -262,9 +256,8 @@ def test_a_forked_child_holds_no_lock_of_a_killed_parent(server, cache):
         assert process.stdout.readline() == "forked\n"
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        start = time.monotonic()
         open_all(cache, [put(server, 0)])
-        assert time.monotonic() - start < 5
+        os.killpg(process.pid, 0)  # raises unless the child still lives
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -273,10 +266,11 @@ def test_a_forked_child_holds_no_lock_of_a_killed_parent(server, cache):
 
 def test_the_end_of_a_program_does_not_wait_for_the_prefetch(server, cache):
     process = begin(cache, put(server, 0, "stall"), "prefetch")
-    assert process.communicate(timeout=10) == ("", "") and process.returncode == 0
+    assert process.communicate() == ("", "") and process.returncode == 0
+    assert list(cache.folder.glob("*.part"))  # a download that ends, also by an error, removes its part
 
 
-def test_what_is_not_the_cache_s_stays(server, cache):
+def test_files_of_others_stay(server, cache):
     names = ("movie.part", "holiday.mp4.part", "a.tar", "b.1.part")
     for name in names:
         (cache.folder / name).write_bytes(b"mine")

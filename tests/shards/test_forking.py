@@ -1,6 +1,11 @@
-"""A child that the fork itself has lost is forked again."""
+"""A forked child that never starts is forked again; workers end with the process that started them."""
 
-from tests.conftest import run
+import os
+import subprocess
+import sys
+
+from tests.conftest import environment, run
+from tests.shards.servers import wait_for
 
 LOADER = """
 import os, signal, sys
@@ -38,9 +43,42 @@ def test_lost_children_are_replaced_and_batches_come_in_order():
 
 def test_a_machine_on_which_no_child_starts_is_an_error():
     done = run("python", "-c", LOADER, 99, check=False)
-    assert done.returncode == 1 and "OSError: no data worker came to life in 5 forks" in done.stderr
+    assert done.returncode == 1 and "OSError: no data worker started in 5 forks" in done.stderr
 
 
-def test_nothing_is_said_when_nothing_is_wrong():
+def test_nothing_is_printed_when_every_child_starts():
     done = run("python", "-c", LOADER, 0)
     assert done.stdout.startswith("[40, 41, 42, 43, 44, 45] 2\n") and not done.stderr
+
+
+POOL = """
+import sys, time
+from pathlib import Path
+from dsmim.shards.parallel import parallel
+
+def work(path):
+    Path(path).touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    parallel(work, [f"{sys.argv[1]}/{number}" for number in range(4)], 2, "sleep")
+"""
+
+
+def test_workers_of_a_killed_command_end_with_it(tmp_path):
+    (tmp_path / "pool.py").write_text(POOL)
+    (tmp_path / "begun").mkdir()
+    words = [sys.executable, str(tmp_path / "pool.py"), str(tmp_path / "begun")]
+    process = subprocess.Popen(words, env=environment(), start_new_session=True, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(list((tmp_path / "begun").iterdir())) == 2)
+    process.kill()
+    process.wait()
+    wait_for(lambda: not alive(process.pid))
+
+
+def alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

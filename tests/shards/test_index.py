@@ -1,4 +1,4 @@
-"""The tar index: anyone's WebDataset shards, and what is wrong with broken ones."""
+"""The tar index: WebDataset shards of any tool, and errors that name what is damaged."""
 
 import io
 import os
@@ -79,7 +79,7 @@ def test_samples_are_runs_of_one_key_with_an_image(tmp_path_factory, groups):
     write_tar(path, members)
     wanted = [f"s{i}" for i, extensions in enumerate(groups) if "jpg" in extensions]
     if not wanted:
-        with pytest.raises(ValueError, match="holds no image"):
+        with pytest.raises(ValueError, match="contains no image"):
             write_index(path)
         return
     samples = read_all(write_index(path))
@@ -95,7 +95,7 @@ def test_member_names():
 
 
 def test_an_index_older_than_its_tar(tmp_path):
-    """Copied without its times, it is the same; written anew, of the same size, it is not."""
+    """Copied without its times, the tar is valid; written again with the same size, it is not."""
     path = make_shards(tmp_path, [3])[0]
     size, stamp = path.stat().st_size, index_file(path).stat().st_mtime_ns + 10**9
     os.utime(path, ns=(stamp, stamp))
@@ -122,21 +122,6 @@ def test_missing_foreign_and_cut_indexes(tmp_path):
         read_index(path)
 
 
-def test_read_only_shards_are_indexed_elsewhere(tmp_path):
-    path = make_shards(tmp_path / "shards", [3])[0]
-    index_file(path).unlink()
-    index_all([str(path)], str(tmp_path / "idx"), workers=1)
-    assert read_index(path, tmp_path / "idx").samples == 3 and not index_file(path).exists()
-
-
-def test_shards_of_one_name_share_an_index_dir(tmp_path):
-    for folder, count in (("train", 3), ("val", 2)):
-        make_shards(tmp_path / folder, [count])
-    paths = [tmp_path / folder / "train-000.tar" for folder in ("train", "val")]
-    indexes = index_all([str(path) for path in paths], str(tmp_path / "idx"), workers=1)
-    assert [read_index(path, tmp_path / "idx").samples for path in paths] == [3, 2] == [i.samples for i in indexes]
-
-
 def test_a_tar_that_was_cut_after_indexing(tmp_path):
     path = make_shards(tmp_path, [3])[0]
     path.write_bytes(path.read_bytes()[:1500])
@@ -152,7 +137,7 @@ def test_truncated_tar(tmp_path, cut):
         last = archive.getmembers()[-1]
         end = last.offset_data + -(-last.size // 512) * 512  # all members whole, the end-of-archive mark missing
     path.write_bytes(data[: min(cut, end)])
-    with pytest.raises(ValueError, match=r"t\.tar: (cut short|no readable tar|holds no image)"):
+    with pytest.raises(ValueError, match=r"t\.tar: (cut short|no readable tar|contains no image)"):
         write_index(path)
 
 
@@ -169,27 +154,8 @@ def test_damaged_header_in_the_middle(tmp_path):
 
 def test_key_in_two_places(tmp_path):
     path = write_tar(tmp_path / "t.tar", [("a.png", b"1"), ("b.png", b"2"), ("a.cls", b"0")])
-    with pytest.raises(ValueError, match="key 'a' stands twice"):
+    with pytest.raises(ValueError, match="key 'a' occurs twice"):
         write_index(path)
-
-
-def test_patterns(tmp_path):
-    paths = make_shards(tmp_path, [1, 1, 1])
-    assert (
-        expand(f"{tmp_path}/train-{{000..002}}.tar")
-        == expand(str(tmp_path))
-        == expand(f"{tmp_path}/*.tar")
-        == [str(path) for path in paths]
-    )
-    with pytest.raises(ValueError, match=r"data\.train: no shards match .*nothing"):
-        open_shards(f"{tmp_path}/nothing-*.tar", None, "data.train")
-    with pytest.raises(ValueError, match="given twice"):
-        expand([str(paths[0]), str(tmp_path)])
-    with pytest.raises(ValueError, match="allow it with"):
-        expand("pipe:cat x.tar")
-    with pytest.raises(ValueError, match=r"'\*' cannot be expanded in a URL"):
-        expand("http://127.0.0.1/x/*.tar")
-    assert expand("http://127.0.0.1/{0..2}.tar") == [f"http://127.0.0.1/{i}.tar" for i in range(3)]
 
 
 def test_fingerprint_follows_contents_and_order(tmp_path):
@@ -198,20 +164,12 @@ def test_fingerprint_follows_contents_and_order(tmp_path):
     assert len({fingerprint(shards) for shards in ([first, second], [second, first], [first])}) == 3
 
 
-def test_a_signed_address_has_the_shard_s_fingerprint(tmp_path):
+def test_the_fingerprint_ignores_the_signature_of_an_address(tmp_path):
     make_shards(tmp_path, [3])
     index = read_index(tmp_path / "train-000.tar")
     signed = [replace(index, tar=f"https://host/a/train-000.tar?Sig={sig}/x") for sig in ("aa", "bb")]
     assert {fingerprint([one]) for one in signed} == {fingerprint([index])}
     assert len({index_name(one.tar, tmp_path) for one in signed}) == 1
-
-
-def test_one_shard_missing_out_of_a_range_is_an_error(tmp_path):
-    make_shards(tmp_path, [1, 1, 1])[1].unlink()
-    with pytest.raises(ValueError, match=r"data\.train: no shards match '.*train-001\.tar' of '.*\{000\.\.002\}"):
-        expand(f"{tmp_path}/train-{{000..002}}.tar", "data.train")
-    with pytest.raises(ValueError, match="no shards given"):
-        expand([])
 
 
 def test_a_size_that_is_no_number_is_damage(tmp_path):
@@ -270,7 +228,7 @@ def test_an_index_that_cannot_be_written_says_where_to_put_it(tmp_path):
 
 
 def test_names_that_are_no_utf8(tmp_path):
-    """Whatever bytes a file system holds: through the index, a subset and an evaluation's stream."""
+    """Any bytes of file names pass through the index, a subset and the random stream of an evaluation."""
     folder = Path(os.fsdecode(bytes(tmp_path) + b"/f\xff"))
     name = os.fsdecode(b"k\xe9.png")
     write_tar(folder / "t.tar", [(name, image_bytes(0)), ("b.png", image_bytes(1))])

@@ -107,7 +107,7 @@ def test_the_order_is_a_single_pass_over_the_list(half):
     assert fingerprint(shards) != fingerprint(open_shards(f"{half}/train-*.tar"))
 
 
-def test_a_list_from_elsewhere_is_looked_up(half):
+def test_a_list_of_another_program_is_looked_up(half):
     listed = half / "mine.txt"
     listed.write_text("k00040\nk00001\nk00018\n")
     with pytest.raises(ValueError, match="have not been found in the shards yet; run: dsmim shards subset SHARDS"):
@@ -132,7 +132,7 @@ def test_out_of_date_subsets_are_refused(half):
         open_shards(f"{half}/train-*.tar", subset=str(half / "none.txt"))
 
 
-def test_keys_that_stand_in_two_shards_are_told_apart(tmp_path):
+def test_keys_that_are_in_two_shards_are_listed_with_the_shard(tmp_path):
     for name in "ab":
         write_index(write_tar(tmp_path / f"{name}.tar", [(f"{i}.png", image_bytes(i)) for i in range(4)]))
     dsmim("shards", "subset", tmp_path, tmp_path / "half.txt", "--fraction", 0.5)
@@ -143,7 +143,7 @@ def test_keys_that_stand_in_two_shards_are_told_apart(tmp_path):
     assert [shard.table().keys for shard in open_shards(str(tmp_path), subset=str(tmp_path / "half.txt"))] == before
     (tmp_path / "bare.txt").write_text("1\n")
     done = dsmim("shards", "subset", tmp_path, tmp_path / "bare.txt", check=False)
-    assert "key '1' stands in" in done.stderr and "add a tab and the shard's name" in done.stderr
+    assert "key '1' is in" in done.stderr and "add a tab and the shard's name" in done.stderr
 
 
 def test_words_that_do_not_fit(half, capsys):
@@ -176,13 +176,13 @@ def test_a_subset_that_is_replaced_while_a_run_reads_it_is_noticed(half):
     dsmim("shards", "subset", f"{half}/train-*.tar", listed, "--fraction", 0.6, "--seed", 3)
     with pytest.raises(DataError, match=r"half\.txt\.rows: changed since it was opened; start again"):
         [ShardReader(shards).read(shard, 0) for shard in range(5)]
-    rows.write_bytes(b"rubbish")
+    rows.write_bytes(b"damage")
     os.utime(rows)
     with pytest.raises(ValueError, match=r"half\.txt\.rows is damaged"):
         open_shards(f"{half}/train-*.tar", subset=str(listed))
 
 
-def test_lists_as_other_programs_write_them(half):
+def test_lists_with_the_line_ends_of_other_programs(half):
     (half / "mine.txt").write_bytes(b"\xef\xbb\xbfk00001\r\nk00040\r\n\r\n")
     assert "2 of 53 samples" in dsmim("shards", "subset", f"{half}/train-*.tar", half / "mine.txt").stdout
     (half / "none.txt").write_text("\n")

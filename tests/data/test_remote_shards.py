@@ -1,8 +1,7 @@
-"""Training on shards that lie on a web server: indexed, cached, and the same as from disk."""
+"""Training on shards of a web server or a bucket: indexed, cached, and the same as from disk."""
 
 import json
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from dsmim.recipe import Data
 from dsmim.shards.index import fingerprint
 from dsmim.shards.opening import index_all, open_shards
 from tests.conftest import dsmim, make_shards, tiny_recipe, two_ranks
+from tests.shards.servers import wait_for
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def metrics(run: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key in ("step", "loss", "grad_norm")} for line in lines]
 
 
-def test_two_ranks_train_as_from_disk_and_fetch_each_shard_once(server, shards, tmp_path):
+def test_two_ranks_train_as_from_disk_and_download_each_shard_once(server, shards, tmp_path):
     dsmim("shards", "index", urls(server), "--index-dir", tmp_path / "index")
     assert all(server.gets[f"/train-{i:03d}.tar"] == 1 for i in range(5))
     recipe = tiny_recipe(shards, batch={"global_batch": 8}, schedule={"duration": {"steps": 9}})
@@ -54,7 +54,7 @@ def test_two_ranks_train_as_from_disk_and_fetch_each_shard_once(server, shards, 
     assert len(list((tmp_path / "c").glob("*.tar"))) == 5 and not list((tmp_path / "c").glob("*.part"))
 
 
-def test_an_index_that_lies_beside_a_remote_shard_spares_reading_it(server, shards, tmp_path):
+def test_an_index_beside_a_remote_shard_saves_reading_the_shard(server, shards, tmp_path):
     for tar in shards.glob("train-*.tar"):
         server.add(f"/{tar.name}.dsmi", (tar.parent / f"{tar.name}.dsmi").read_bytes())
     indexes = index_all([urls(server)], str(tmp_path), workers=1)
@@ -63,33 +63,30 @@ def test_an_index_that_lies_beside_a_remote_shard_spares_reading_it(server, shar
     assert verify_all([urls(server)], str(tmp_path), 1, True) == []
 
 
-def test_a_page_in_place_of_an_index_is_none(server, tmp_path):
-    """Servers answer 200 and a page for what they have not."""
+def test_a_web_page_in_place_of_an_index_is_ignored(server, tmp_path):
+    """Some servers answer 200 and a page for a missing file."""
     for i in range(5):
         server.add(f"/train-{i:03d}.tar.dsmi", b"<html>not found</html>")
     assert len(index_all([urls(server)], str(tmp_path), workers=1)) == 5
     assert all(server.gets[f"/train-{i:03d}.tar"] == 1 for i in range(5))
 
 
-def test_upcoming_shards_are_fetched_before_they_are_needed(server, tmp_path):
+def test_upcoming_shards_are_downloaded_before_they_are_needed(server, tmp_path):
     index_all([urls(server)], str(tmp_path / "i"), workers=1)
     data = Data(train=urls(server), index_dir=str(tmp_path / "i"), cache_dir=str(tmp_path / "c"), shuffle_window=2)
     shards = training_shards(data)
     reader, order = open_reader(data, shards, 2), Order([s.samples for s in shards], 0, 2)
-    reader.expect(order.upcoming(0))
+    reader.prefetch(order.upcoming(0))
     wanted = {shards[number].sha256 for number in order.upcoming(0)}
     assert len(wanted) == 4
-    for _ in range(500):
-        if {path.stem for path in (tmp_path / "c").glob("*.tar")} == wanted:
-            break
-        time.sleep(0.01)
-    server.files.clear()  # what is here is read without the server
+    wait_for(lambda: {path.stem for path in (tmp_path / "c").glob("*.tar")} == wanted)
+    server.files.clear()  # the downloaded shards are read without the server
     for position in range(sum(shards[number].samples for number in order.upcoming(0)[:2])):
         draw = order[position]
         assert reader.read(draw.shard, draw.row)[0]
 
 
-def test_what_is_missing_is_named(server, tmp_path):
+def test_a_missing_index_or_cache_is_named(server, tmp_path):
     def error(**changes) -> str:
         data = Data(train=urls(server), shuffle_window=2, **changes)
         with pytest.raises(ValueError) as caught:
@@ -97,7 +94,7 @@ def test_what_is_missing_is_named(server, tmp_path):
         return str(caught.value)
 
     index = {"index_dir": str(tmp_path / "i")}
-    assert "the indexes of remote shards lie in a local folder: data.index_dir=DIR" in error()
+    assert "the indexes of remote shards are kept in a local folder: data.index_dir=DIR" in error()
     assert re.search(r"has no index .*run: dsmim shards index http://", error(**index))
     index_all([urls(server)], str(tmp_path / "i"), workers=1)
     assert "data.cache_dir: missing" in error(**index)
@@ -105,7 +102,7 @@ def test_what_is_missing_is_named(server, tmp_path):
     assert "data.cache_gb: 1e-05 is less than the" in small and "of two windows of 2 shards" in small
 
 
-def test_a_shard_that_differs_from_its_index_stops_the_run_by_name(server, shards, tmp_path):
+def test_a_shard_that_differs_from_its_index_stops_the_run_and_is_named(server, shards, tmp_path):
     index_all([urls(server)], str(tmp_path / "i"), workers=1)
     for tar in shards.glob("train-*.tar"):
         server.add(f"/{tar.name}", tar.read_bytes()[:-512] + b"x" * 512)
@@ -117,7 +114,7 @@ def test_a_shard_that_differs_from_its_index_stops_the_run_by_name(server, shard
     assert done.returncode == 1 and "contents differ from its index" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_pipe_runs_when_it_is_allowed_by_name(tmp_path, capsys):
+def test_pipe_runs_only_when_it_is_allowed(tmp_path, capsys):
     make_shards(tmp_path, [3, 4])
     pipe = f"pipe:cat {tmp_path}/train-{{000..001}}.tar"
     assert main(["shards", "index", pipe, "--index-dir", str(tmp_path / "i")]) == 1
