@@ -18,8 +18,8 @@ class Energon:
     """Its documentation: docs/source/basic/save_restore.md (a state per rank, "our recommended way") and
     docs/source/advanced/repro_scaling.md, which asks that ranks × workers stay constant. Crop and flip draw under
     `@stateless(restore_seeds=True)`, as its docstring says for augmentations: it seeds them by the worker and by the
-    number of the sample on its rank. Each seeding calls torch.manual_seed, which without an accelerator notes a call and
-    its stack for each kind of accelerator: part of energon's time here that a rank with a GPU does not spend.
+    number of the sample on its rank. Each seeding calls torch.manual_seed, which in a process without an accelerator
+    records a call and its stack for each kind of accelerator: that is part of energon's time here.
     """
 
     packages = ("megatron-energon",)
