@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,8 @@ class Energon:
             for rank, state in enumerate(states):
                 torch.save(state, old / f"state_rank{rank}.pt")
             paths = [str(path) for path in sorted(old.iterdir())]
-            command_redist.main([*paths, str(new), "--new-world-size", str(layout.ranks)], standalone_mode=False)
+            with contextlib.redirect_stdout(sys.stderr):
+                command_redist.main([*paths, str(new), "--new-world-size", str(layout.ranks)], standalone_mode=False)
             return [torch.load(new / f"state_rank{rank}.pt", weights_only=False) for rank in range(layout.ranks)]
 
     def stored(self, states: list[Any]) -> list[Any]:
@@ -87,7 +90,8 @@ def prepare(tars: Tars) -> None:
     if description.exists():
         return
     names = [Path(path).name for path in tars.paths]
-    BaseWebdatasetFactory.prepare_dataset(tars.folder, names, split_parts_ratio=[("train", 1)], workers=1)
+    with contextlib.redirect_stdout(sys.stderr):
+        BaseWebdatasetFactory.prepare_dataset(tars.folder, names, split_parts_ratio=[("train", 1)], workers=1)
     sample_type = {"__module__": "megatron.energon", "__class__": "ImageSample"}
     description.write_text(yaml.safe_dump({"sample_type": sample_type, "field_map": {"image": "jpg"}}))
 
