@@ -52,7 +52,7 @@ def resume(reader: Reader, tars: Tars, plan: Plan) -> Resume:
             outcome.notes.append(f"{layout}: {reason}")
         except Exception as error:  # each library refuses the state of another layout in a way of its own
             outcome.others[str(layout)] = False
-            outcome.notes.append(f"{layout}: refused: {str(error).strip().splitlines()[-1]}")
+            outcome.notes.append(f"{layout}: refused: {_last_line(error)}")
     return outcome
 
 
@@ -70,6 +70,12 @@ def _continued(
         return "keys"
     outcome.notes.append(f"{layout}: {sum(keys)} of {len(keys)} global batches hold the expected keys")
     return False
+
+
+def _last_line(error: Exception) -> str:
+    """Return what an error says; one of a worker carries the worker's traceback, at the end of which is its reason."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if len(lines) > 1 else repr(error)
 
 
 def _keys(step: Step) -> list[str]:
