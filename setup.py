@@ -41,6 +41,7 @@ setup(
     extras_require={
         "demo": ["elpv-dataset==1.0.0.post1", "scikit-learn>=1.4"],
         "remote": REMOTE,
+        "peers": ["grain>=0.2.16", "megatron-energon>=7", "webdataset>=1.0", "datasets>=5", "torchdata>=0.11"],
         "test": [
             *REMOTE,
             "moto[s3,server]>=5",
