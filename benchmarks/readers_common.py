@@ -18,7 +18,7 @@ from PIL import Image
 
 from dsmim.data.crop import RandomResizedCrop
 from dsmim.packing.sources import read_sources
-from dsmim.packing.writer import Writing, build
+from dsmim.packing.writer import WriteOptions, build_shards
 from dsmim.recipe import Augment
 from dsmim.shards.index import ShardIndex
 from dsmim.shards.opening import open_shards
@@ -127,7 +127,7 @@ def make_tars(cache: Path, samples: int) -> Tars:
     photos = make_photos(cache / f"readers-photos-{samples}", samples, sources, cache)
     found, classes = read_sources(str(photos))
     folder = cache / f"readers-tars-{samples}"
-    build({"data": found}, folder, classes, Writing(per_shard=samples // TARS))
+    build_shards({"data": found}, folder, classes, WriteOptions(per_shard=samples // TARS))
     return Tars(folder)
 
 

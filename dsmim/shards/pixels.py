@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def open_rgb(data: bytes) -> Image.Image:
-    """Return the first frame of an encoded image, in mode RGB. Raises what Pillow raises for bytes that are no image."""
+    """Return the first frame of an encoded image in mode RGB. Raises what Pillow raises for bytes that are no image."""
     with Image.open(io.BytesIO(data)) as image:
         return as_rgb(image)
 
