@@ -135,11 +135,13 @@ class _Part:
 
 
 class _Buffers(NamedTuple):
-    """Memory for the matrices of one block: one buffer per quantity of the derivation."""
+    """Memory for the matrices of one block: one buffer per quantity of the derivation.
 
-    S: Tensor  # 4 buffers (n·H, N, N)
-    P: Tensor
-    dP: Tensor
+    Only S and dP have none: they exist inside one method each, which turns them into P and dS in place. This keeps the
+    large matrices at two, for the caches.
+    """
+
+    P: Tensor  # 2 buffers (n·H, N, N)
     dS: Tensor
     scaled_q: Tensor  # 10 buffers (n·H, N, D)
     unit_k: Tensor
@@ -155,12 +157,12 @@ class _Buffers(NamedTuple):
     @classmethod
     def of_this_thread(cls, matrices: int, N: int, D: int) -> _Buffers:
         """Return buffers for a number of matrices, in memory that the thread keeps for the next call."""
-        scores, tokens = 4 * matrices * N * N, 10 * matrices * N * D
+        scores, tokens = 2 * matrices * N * N, 10 * matrices * N * D
         kept = getattr(_LOCAL, "kept", None)
         if kept is None or kept.numel() < scores + tokens:
             with torch.inference_mode(False):  # else later calls could use it in inference mode only
                 kept = _LOCAL.kept = torch.empty(scores + tokens)
-        of_scores = kept[:scores].view(4, matrices, N, N)
+        of_scores = kept[:scores].view(2, matrices, N, N)
         of_tokens = kept[scores : scores + tokens].view(10, matrices, N, D)
         return cls(*of_scores, *of_tokens)
 
@@ -186,17 +188,19 @@ class _Block:
         torch.mul(q, self.factor_q, out=b.scaled_q.view(self.shape))
         torch.mul(k, self.factor_k, out=b.unit_k.view(self.shape))
         b.V.view(self.shape).copy_(v)
-        self._begin_scores(bias, masks)
-        b.S.baddbmm_(b.scaled_q, b.unit_k.mT)  # S = scaled_q unit_kᵀ + what it begins with
-        torch.softmax(b.S, -1, out=b.P)
+        self._probabilities(bias, masks)
 
-    def _begin_scores(self, bias: Tensor, masks: Tensor | None) -> None:
-        """Write bias + mask to S."""
-        S = self.buffers.S.view(*self.shape[:3], *bias.shape[1:])  # (rows, columns, H, N, N)
+    def _probabilities(self, bias: Tensor, masks: Tensor | None) -> None:
+        """Compute S in the memory of P, then P from it in place."""
+        b = self.buffers
+        S = b.P
+        S_by_window = S.view(*self.shape[:3], *bias.shape[1:])  # (rows, columns, H, N, N)
         if masks is None:
-            S.copy_(bias)
+            S_by_window.copy_(bias)
         else:
-            torch.add(bias, masks, out=S)
+            torch.add(bias, masks, out=S_by_window)
+        S.baddbmm_(b.scaled_q, b.unit_k.mT)  # S = scaled_q unit_kᵀ + bias + mask
+        torch.softmax(S, -1, out=b.P)  # P = softmax(S)
 
     def attend(self, out: Tensor) -> None:
         """Write O to its windows of the map `out` (B, height, width, H, D)."""
@@ -212,11 +216,11 @@ class _Block:
         self.part.windows(grad_v).copy_(b.dV.view(self.shape))
 
     def backward_to_scores(self) -> Tensor:
-        """Compute dS; return this block's part of dbias, (H, N, N)."""
+        """Compute dP in the memory of dS, then dS from it in place; return this block's part of dbias, (H, N, N)."""
         b = self.buffers
-        torch.bmm(b.dO, b.V.mT, out=b.dP)  # dP = dO Vᵀ
+        dP = torch.bmm(b.dO, b.V.mT, out=b.dS)  # dP = dO Vᵀ
         softmax_backward = torch.ops.aten._softmax_backward_data.out
-        softmax_backward(b.dP, b.P, -1, b.dP.dtype, grad_input=b.dS)  # dS = P ∘ (dP - rowsum(P ∘ dP))
+        softmax_backward(dP, b.P, -1, dP.dtype, grad_input=b.dS)  # dS = P ∘ (dP - rowsum(P ∘ dP))
         return b.dS.unflatten(0, (-1, self.heads)).sum(0)
 
     def backward_to_queries(self, scale: Tensor, grad_q: Tensor) -> Tensor:
