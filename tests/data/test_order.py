@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmim.data.order import Order, accumulation_steps, rank_positions
@@ -13,6 +13,7 @@ counts_of_shards = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(la
 
 
 @given(counts_of_shards, st.integers(0, 2**40), st.integers(1, 10), st.integers(1, 3), st.integers(0, 3))
+@settings(deadline=None)
 def test_every_epoch_is_a_single_pass(counts, seed, window, repeats, epoch):
     order = Order(counts, seed, window, repeats)
     n = order.epoch_samples
@@ -24,6 +25,7 @@ def test_every_epoch_is_a_single_pass(counts, seed, window, repeats, epoch):
 
 
 @given(counts_of_shards, st.integers(0, 9), st.integers(1, 10), st.lists(st.integers(0, 200), min_size=1, max_size=20))
+@settings(deadline=None)
 def test_random_access_equals_sequential(counts, seed, window, positions):
     """A resume, a worker and a rank begin in the middle: they must see what an uninterrupted run sees."""
     straight = Order(counts, seed, window)
@@ -36,6 +38,7 @@ def test_random_access_equals_sequential(counts, seed, window, positions):
     st.integers(1, 6), st.sampled_from([1, 2, 3, 4, 6]), st.sampled_from([1, 2, 3, 4, 6]), st.integers(0, 50),
     st.integers(1, 8),
 )  # fmt: skip
+@settings(deadline=None)
 def test_global_batches_do_not_depend_on_the_world(per, world, other, consumed, steps):
     """At any world size, also changed during a run, the joined slices of ranks are the same positions in order."""
     batch = per * 12
