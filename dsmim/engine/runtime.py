@@ -35,13 +35,13 @@ class _Failure:
 
 @dataclass(frozen=True)
 class Runtime:
-    """One rank of a started process group. `beat` and `host` are set within `joined`."""
+    """One rank of a started process group. `monitor` and `host` are set within `joined`."""
 
     place: Placement
     device: torch.device
     timeout_minutes: float = 10
     """How long ranks wait for one another outside of training steps."""
-    beat: RankMonitor | None = None
+    monitor: RankMonitor | None = None
     host: HostMonitor | None = None
 
     @property
@@ -62,20 +62,20 @@ class Runtime:
         Every rank must call it equally often, and must begin its next phase before it waits in a collective for the
         slowest rank of the last one.
         """
-        if self.beat is not None:
-            self.beat.phase(name, step)
+        if self.monitor is not None:
+            self.monitor.phase(name, step)
 
     def set_timeout(self, minutes: float) -> None:
         """Set how long ranks wait for one another from now on."""
         set_timeout(60 * minutes)
-        if self.beat is not None:
-            self.beat.limit = 60 * minutes
+        if self.monitor is not None:
+            self.monitor.limit = 60 * minutes
 
     @contextmanager
     def long_timeout(self) -> Iterator[None]:
         """Let ranks wait for one another as long as at the start, for what takes longer than a step."""
-        assert self.beat is not None
-        before = self.beat.limit / 60
+        assert self.monitor is not None
+        before = self.monitor.limit / 60
         self.set_timeout(max(before, self.timeout_minutes))
         yield
         self.set_timeout(before)
@@ -172,17 +172,17 @@ def joined(timeout_minutes: float = 10, low_memory: float = 0.05) -> Iterator[Ru
         set_timeout(60 * timeout_minutes)  # on accelerators with some slack, see there
         host = HostMonitor(runtime.place, lambda text: print(text, file=sys.stderr, flush=True), low_memory)
         every_beat = host.warn_if_low if runtime.place.local_rank == 0 else lambda: None
-        beat = RankMonitor(runtime.place, 60 * timeout_minutes, every_beat)
+        monitor = RankMonitor(runtime.place, 60 * timeout_minutes, every_beat)
         try:
-            yield replace(runtime, timeout_minutes=timeout_minutes, beat=beat, host=host)
+            yield replace(runtime, timeout_minutes=timeout_minutes, monitor=monitor, host=host)
         except BaseException as error:
             if is_lost_peer(error):
-                raise _lost(runtime, beat, error) from error
-            beat.close()  # tells the others that this rank left because of its own error
+                raise _lost(runtime, monitor, error) from error
+            monitor.close()  # tells the others that this rank left because of its own error
             if isinstance(error, Stopped) or runtime.world_size == 1:
                 stop()
             raise
-        beat.close()
+        monitor.close()
         stop()
 
 
@@ -200,9 +200,11 @@ def _environment_restored() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _lost(runtime: Runtime, beat: RankMonitor, error: BaseException) -> LostPeer:
-    found, raised = beat.diagnose(), str(error).strip().splitlines()[0]
-    return LostPeer(f"rank {runtime.rank}: {found}\n  ({raised})", FAILED if beat.peer_failed else LOST, beat.close)
+def _lost(runtime: Runtime, monitor: RankMonitor, error: BaseException) -> LostPeer:
+    found, raised = monitor.diagnose(), str(error).strip().splitlines()[0]
+    return LostPeer(
+        f"rank {runtime.rank}: {found}\n  ({raised})", FAILED if monitor.peer_failed else LOST, monitor.close
+    )
 
 
 def stop() -> None:

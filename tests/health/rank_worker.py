@@ -12,7 +12,7 @@ import torch.distributed as dist
 from dsmim.cluster.placement import detect
 from dsmim.health.collectives import is_lost_peer, set_timeout
 from dsmim.health.monitor import RankMonitor
-from tests.slurm.cluster import patience
+from tests.conftest import patience
 
 LIMIT = patience(2)  # seconds that ranks wait for one another
 INTERVAL = patience(0.4)

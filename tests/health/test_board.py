@@ -8,8 +8,8 @@ import torch.distributed as dist
 from dsmim.cluster.placement import Placement, free_port
 from dsmim.health.board import StatusBoard
 from dsmim.health.status import WORKING
+from tests.conftest import patience
 from tests.health.statuses import statuses
-from tests.slurm.cluster import patience
 
 
 def test_512_ranks_are_read_at_once_and_a_lost_store_is_seen():

@@ -6,7 +6,7 @@ from dsmim.cluster.placement import detect
 from dsmim.health.heartbeat import Heartbeat
 from dsmim.health.monitor import RankMonitor
 from dsmim.health.status import Progress
-from tests.slurm.cluster import patience
+from tests.conftest import patience
 
 ALONE = detect({})
 

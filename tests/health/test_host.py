@@ -13,8 +13,7 @@ from dsmim.cluster.placement import detect
 from dsmim.health import host
 from dsmim.health.host import HostMonitor, describe, merge
 from dsmim.health.memory_limit import memory_limit
-from tests.conftest import run
-from tests.slurm.cluster import patience
+from tests.conftest import patience, run
 
 PLACE = detect({})
 V1 = "4:memory:/slurm/uid_1000/job_42/step_0\n3:cpuset:/\n0::/\n"

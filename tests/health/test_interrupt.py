@@ -7,7 +7,7 @@ import time
 import pytest
 
 from dsmim.health.interrupt import SIGNALS, Interrupt
-from tests.slurm.cluster import patience
+from tests.conftest import patience
 
 
 @pytest.fixture

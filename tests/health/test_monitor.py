@@ -7,8 +7,8 @@ import pytest
 import torch.distributed as dist
 
 from dsmim.cluster.placement import free_port
+from tests.conftest import patience
 from tests.health.rank_worker import LIMIT, rank_main
-from tests.slurm.cluster import patience
 
 SILENT = "rank 0 on HOST has given no sign of life for N s, last at: waiting for data, step 3."
 PROCESSES = multiprocessing.get_context("forkserver")  # forks a process that has imported torch and done nothing else

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
+from tests.conftest import patience
 from tests.health.rank_worker import ALONE, watched_main
 from tests.health.test_monitor import PROCESSES
-from tests.slurm.cluster import patience
 
 
 @pytest.mark.parametrize("what", ["stuck", "stopped"])

@@ -12,7 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.conftest import environment
+from tests.conftest import environment, patience
 
 HOSTS = Path(__file__).with_name("hosts.sh")
 WANTED = ("slurmctld", "slurmd", "sbatch", "munged", "unshare", "nsenter", "ip")
@@ -60,11 +60,6 @@ NodeName=node[1-{nodes}] CPUs={cpus} RealMemory=512000 Gres=gpu:{gpus} State=UNK
 PartitionName=normal Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=120 State=UP
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=9 PreemptMode=OFF State=UP
 """
-
-
-def patience(seconds: float) -> float:
-    """Return a test's deadline: `seconds` are enough on an idle machine; DSMIM_TEST_TIMEOUT_FACTOR multiplies them."""
-    return seconds * float(os.environ.get("DSMIM_TEST_TIMEOUT_FACTOR", "1"))
 
 
 def missing() -> str | None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import patience
 from tests.distributed.runs import metrics, read_weights
-from tests.slurm.cluster import patience
 from tests.slurm.conftest import STEPS
 
 LAST = f"step {STEPS}/{STEPS}"
