@@ -77,8 +77,10 @@ class Runtime:
         assert self.monitor is not None
         before = self.monitor.limit / 60
         self.set_timeout(max(before, self.timeout_minutes))
-        yield
-        self.set_timeout(before)
+        try:
+            yield
+        finally:
+            self.set_timeout(before)
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:
@@ -202,9 +204,8 @@ def _environment_restored() -> Iterator[None]:
 
 def _lost(runtime: Runtime, monitor: RankMonitor, error: BaseException) -> LostPeer:
     found, raised = monitor.diagnose(), str(error).strip().splitlines()[0]
-    return LostPeer(
-        f"rank {runtime.rank}: {found}\n  ({raised})", FAILED if monitor.peer_failed else LOST, monitor.close
-    )
+    status = FAILED if monitor.peer_failed else LOST
+    return LostPeer(f"rank {runtime.rank}: {found}\n  ({raised})", status, monitor.close)
 
 
 def stop() -> None:

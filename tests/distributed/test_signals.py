@@ -30,7 +30,7 @@ def test_stopped_twice_and_resumed_equals_uninterrupted(tmp_path, shards):
         processes[1].send_signal(signal.SIGUSR1)
         assert leave(processes) == [75, 75]
     said = log.read_text()
-    assert "asked to stop: another rank was" in said and "with everything saved; start again to go on" in said
+    assert "asked to stop: another rank was" in said and "with everything saved; start again to resume" in said
     first = int((stopped / "checkpoints/latest").read_text().split("_")[1])
     assert 3 <= first < 16
     with ranks(log, 2, *command) as processes:
