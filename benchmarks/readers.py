@@ -25,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
+# Slow imports are inside the functions, because every spawned process, Grain's workers too, runs the top of this file.
 MEASURED_WITH = ("torch", "torchvision", "torchdata")
 
 

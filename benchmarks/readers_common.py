@@ -111,10 +111,6 @@ class Tars:
     def paths(self) -> list[str]:
         return sorted(str(path) for path in self.folder.glob("*.tar"))
 
-    @property
-    def samples(self) -> int:
-        return sum(index.samples for index in self.indexes)
-
 
 def make_tars(cache: Path, samples: int) -> Tars:
     """Write tars of `samples` photographs to `cache`, unless a former call did; nothing is downloaded."""
