@@ -41,7 +41,7 @@ def all_readers() -> dict:
         "megatron-energon": Energon(),
         "webdataset": Webdataset(),
         "datasets": Datasets(BUFFER),
-        "datasets, shards shuffled only": Datasets(1),
+        "datasets, shards shuffled only": Datasets(1, 1),
     }
 
 

@@ -42,17 +42,18 @@ def resume(reader: Reader, tars: Tars, plan: Plan) -> Resume:
     _close(streams)
     stored = reader.stored(states)
     outcome = Resume(sum(map(len, stored)), False)
-    outcome.same = _continued(reader, tars, plan.base, [pickle.loads(state) for state in states], expected, outcome)
-    for layout in plan.others:
+    for layout in (plan.base, *plan.others):
+        loaded = [pickle.loads(state) for state in states]
         try:
-            converted = reader.convert([pickle.loads(state) for state in states], layout)
+            converted = loaded if layout == plan.base else reader.convert(loaded, layout)
             outcome.others[str(layout)] = _continued(reader, tars, layout, converted, expected, outcome)
         except Unsupported as reason:
             outcome.others[str(layout)] = False
             outcome.notes.append(f"{layout}: {reason}")
-        except Exception as error:  # each library refuses the state of another layout in a way of its own
+        except Exception as error:  # each library refuses a state in a way of its own
             outcome.others[str(layout)] = False
             outcome.notes.append(f"{layout}: refused: {_last_line(error)}")
+    outcome.same = outcome.others.pop(str(plan.base))
     return outcome
 
 

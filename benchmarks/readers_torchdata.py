@@ -84,13 +84,14 @@ class Datasets(_PerRank):
 
     shuffle(buffer_size): "examples from shuffle buffers are lost when resuming and the buffers are refilled with new
     data" (IterableDataset.load_state_dict; docs/source/stream.mdx). So it is measured with a buffer, as one trains, and
-    without one, with shuffled shards only.
+    without one: shards shuffled, and read one after another (max_buffer_input_shards=1). With datasets 5.2.0 and more
+    than one worker, loading a state of several interleaved shards, the default, is an IndexError.
     """
 
     packages = ("datasets", "torchdata")
 
-    def __init__(self, buffer: int):
-        self.buffer = buffer
+    def __init__(self, buffer: int, interleaved: int = 10):
+        self.shuffling = {"seed": SEED, "buffer_size": buffer, "max_buffer_input_shards": interleaved}
 
     def open(self, tars: Tars, layout: Layout, rank: int, state: dict | None = None) -> LoaderStream:
         return LoaderStream(_SavedRandom(self._samples(tars, layout, rank)), layout, state)
@@ -101,7 +102,7 @@ class Datasets(_PerRank):
         from datasets.distributed import split_dataset_by_node
 
         samples = load_dataset("webdataset", data_files={"train": tars.paths}, split="train", streaming=True)
-        samples = samples.cast_column("jpg", Image(decode=False)).shuffle(seed=SEED, buffer_size=self.buffer)
+        samples = samples.cast_column("jpg", Image(decode=False)).shuffle(**self.shuffling)
         return split_dataset_by_node(samples, rank, layout.ranks).repeat(None)
 
 
