@@ -30,7 +30,7 @@ from dsmim.session import Session, build_engine, open_data, open_run
 from dsmim.tasks.base import Batch
 
 
-def fit(recipe: Recipe, run_dir: Path, fork: bool = False, interrupt: Interrupt | None = None) -> bool:
+def fit(recipe: Recipe, run_dir: str | Path, fork: bool = False, interrupt: Interrupt | None = None) -> bool:
     """Train the recipe in run_dir, or resume the run that is there. Every rank calls it.
 
     Return True when the run is complete; False when `interrupt`, or the approaching end of the job, stopped it with
@@ -38,7 +38,7 @@ def fit(recipe: Recipe, run_dir: Path, fork: bool = False, interrupt: Interrupt 
     another rank does not answer.
     """
     limits = (recipe.engine.timeout_minutes, recipe.log.low_memory)
-    with RunDirectory(run_dir) as directory, joined(*limits) as runtime, interrupt or Interrupt() as interrupt:
+    with RunDirectory(Path(run_dir)) as directory, joined(*limits) as runtime, interrupt or Interrupt() as interrupt:
         end = runtime.on_rank_zero(lambda: end_of_job(os.environ))
         interrupt.stop_before(end, recipe.checkpoint.before_end_minutes)
         task, data = open_data(recipe, runtime)

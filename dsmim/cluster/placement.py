@@ -28,6 +28,8 @@ class Placement:
     """Ranks on this node."""
     master_addr: str
     master_port: int
+    session: int = 0
+    """How many process groups this process has joined before."""
 
 
 def detect(env: Mapping[str, str]) -> Placement:

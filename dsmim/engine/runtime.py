@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,8 @@ from dsmim.health.host import HostMonitor
 from dsmim.health.monitor import RankMonitor
 from dsmim.health.outcome import FAILED, LOST, LostPeer, Stopped
 
+_RENDEZVOUS = "dsmim"
+_sessions = itertools.count()
 _CHANGED = (*TORCH_VARIABLES, "DS_ACCELERATOR", "OMPI_COMM_WORLD_LOCAL_RANK")
 """Environment variables that `start` sets or removes."""
 
@@ -87,16 +91,17 @@ class Runtime:
         """Make one stage of several steps succeed on every rank or fail on every rank.
 
         If a rank raises ValueError or OSError inside the block, every rank leaves the block with Stopped, which holds
-        the messages of all ranks that failed, each text once. Within the block a rank may wait for others by `gather`,
-        `on_rank_zero` and blocks of this kind alone: these three exchange whether a rank has failed, so that nobody
-        waits for a rank that has left the block.
+        the messages of all ranks that failed, each text once. Within the block ranks may exchange values by `gather`,
+        `on_rank_zero` and blocks of this kind: these three first exchange whether a rank has failed, so that no rank
+        waits for one that has left the block. Other collectives (DeepSpeed makes some when an engine is built or
+        loaded) do not: an error of one rank alone in the middle of these ends the run as a lost rank does.
         """
         try:
             yield
         except Stopped:
             raise  # every rank knows of it already
         except (ValueError, OSError) as error:
-            self.gather(_Failure(str(error)))
+            self.gather(_Failure(str(error) or repr(error)))
             raise AssertionError("unreachable: gather raises when a rank has failed") from error
         self.gather(None)
 
@@ -139,9 +144,15 @@ class Runtime:
 def start(timeout_minutes: float = 10) -> Runtime:
     """Join the process group that the launcher set up, through DeepSpeed.
 
-    Raises ValueError when the environment contradicts itself or a rank has no device of its own.
+    Raises ValueError when the environment contradicts itself, a rank has no device of its own, or this process is in a
+    process group already.
     """
-    place = detect(os.environ)
+    if dist.is_initialized():
+        raise ValueError(
+            "this process is in a torch.distributed process group already, and dsmim joins its own: leave it first, by "
+            "torch.distributed.destroy_process_group()"
+        )
+    place = replace(detect(os.environ), session=next(_sessions))
     accelerated = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     os.environ["DS_ACCELERATOR"] = "cuda" if accelerated else "cpu"
     index = _device_index(place) if accelerated else place.local_rank
@@ -169,7 +180,7 @@ def joined(timeout_minutes: float = 10, low_memory: float = 0.05) -> Iterator[Ru
     when another rank does not answer. After an error that only one of several ranks knows of, the group is not left:
     that would wait for ranks that wait for this one; the launcher ends them.
     """
-    with _environment_restored():
+    with _process_restored():
         runtime = start(timeout_minutes)
         set_timeout(60 * timeout_minutes)  # on accelerators with some slack, see there
         host = HostMonitor(runtime.place, lambda text: print(text, file=sys.stderr, flush=True), low_memory)
@@ -189,12 +200,13 @@ def joined(timeout_minutes: float = 10, low_memory: float = 0.05) -> Iterator[Ru
 
 
 @contextmanager
-def _environment_restored() -> Iterator[None]:
-    """Undo at the end what `start` changes in the environment, so that a process can train more than once."""
-    before = {name: os.environ.get(name) for name in _CHANGED}
+def _process_restored() -> Iterator[None]:
+    """Undo at the end what `start` changes in this process, so that it can train more than once."""
+    before, hook = {name: os.environ.get(name) for name in _CHANGED}, sys.excepthook
     try:
         yield
     finally:
+        sys.excepthook = hook  # torch wraps it at each join, to print the rank
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -226,10 +238,24 @@ def _join(place: Placement, accelerated: bool, timeout: timedelta) -> None:
     if not accelerated:
         # Otherwise DeepSpeed compiles a shared-memory collective at first use, which takes a compiler and a minute.
         deepspeed.ops.__compatible_ops__ = {}
+    backend, method = "nccl" if accelerated else "gloo", f"{_RENDEZVOUS}://?session={place.session}"
     deepspeed.init_distributed(
-        dist_backend="nccl" if accelerated else "gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False
+        dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, init_method=method, verbose=False
     )
     assert dist.get_world_size() == place.world_size
+
+
+def _meet(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[dist.Store, int, int]]:
+    """Rendezvous as torch's env:// does, under keys of this session.
+
+    torchrun keeps one store for as long as its ranks live. In a second group ranks would read the addresses that they
+    left there for the first one.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    yield dist.PrefixStore(urlparse(url).query, store), rank, world_size
+
+
+dist.register_rendezvous_handler(_RENDEZVOUS, _meet)
 
 
 def _device_index(place: Placement) -> int:

@@ -33,9 +33,10 @@ class StatusBoard:
             place.master_addr, place.master_port, is_master=False, timeout=timedelta(seconds=patience),
             wait_for_workers=False,
         )  # fmt: skip
-        # torchrun keeps its store when it restarts the ranks: what the ranks of an earlier attempt said must not count.
+        # torchrun keeps its store when it restarts the ranks, and when they join a second group: what ranks said in an
+        # earlier attempt or session must not count.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._keys = [f"dsmim/beat/{attempt}/{rank}" for rank in range(place.world_size)]
+        self._keys = [f"dsmim/beat/{attempt}/{place.session}/{rank}" for rank in range(place.world_size)]
 
     def publish(self, rank: int, status: RankStatus) -> bool:
         """Replace a rank's status. Return False when the store is gone."""
