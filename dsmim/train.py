@@ -183,5 +183,6 @@ class _Training:
         self.saver.finish()
         if done > 0 and self.saver.saved != done:
             self._save(done, validation_due)
+            self.saver.finish()  # with checkpoint.background it is still being written
         self.log.say(f"stopped at step {done} of {self.plan.rate.total} with everything saved; start again to resume")
         return done
