@@ -10,8 +10,10 @@ from dsmim.checkpoint.zero_shards import read_weights
 from tests.conftest import dsmim, run, tiny_recipe
 
 NOTEBOOK = """
-import os, signal, sys, threading, time
+import gc, os, signal, sys, threading, time
 from pathlib import Path
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from dsmim.recipe.reading import parse_recipe
 from dsmim.train import fit
 import json
@@ -29,10 +31,21 @@ def interrupt_when(path):
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGINT)
 
-before = environment()
-for name, stage in [("first", "zero3"), ("second", "zero3"), ("third", "zero0")]:
+def left():
+    # Return how many tensors and descriptors there are, after checking that nothing keeps an engine.
+    gc.collect()
+    objects = gc.get_objects()
+    assert not [one for one in objects if type(one) is DeepSpeedEngine], "an engine is still in memory"
+    return sum(isinstance(one, torch.Tensor) for one in objects), len(os.listdir("/proc/self/fd"))
+
+before, after = environment(), []
+for name, stage in [("first", "zero3"), ("second", "zero3"), ("third", "zero0"), ("fourth", "zero1")]:
     assert fit(tiny(stage), folder / name)
     assert environment() == before
+    after.append(left())
+assert all(now <= then for now, then in zip(after[1], after[0])), after
+assert all(now <= then for now, then in zip(after[2], after[1])), after
+assert all(now <= then for now, then in zip(after[3], after[1])), after
 
 try:
     fit(tiny("zero3", seed=1), folder / "first")
@@ -50,6 +63,7 @@ except KeyboardInterrupt:
     pass
 assert fit(tiny("zero3"), folder / "stopped")
 assert environment() == before
+assert all(now <= then for now, then in zip(left(), after[1])), after  # an interrupted run leaves nothing either
 """
 
 
