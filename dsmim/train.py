@@ -15,7 +15,7 @@ import torch
 from dsmim.checkpoint.run_directory import RunDirectory
 from dsmim.checkpoint.saving import Saver
 from dsmim.cluster.slurm import end_of_job
-from dsmim.data.loader import train_loader
+from dsmim.data.loader import end_workers, train_loader
 from dsmim.data.order import stream_key
 from dsmim.engine.limits import FaultLimits
 from dsmim.engine.runtime import joined
@@ -62,19 +62,36 @@ class _Training:
         if self.directory.resume_from is not None:
             self.limits.load_state(self.directory.state["watch"])
         self.clock = Clock()
+        self.batches: Iterator[Batch] = iter(())
         self.validated: tuple[int, dict[str, float]] | None = None
 
     def run(self) -> bool:
         """Train to the run's end; what is being saved when an error stops all ranks is still published."""
+        together = self.runtime.world_size == 1
         try:
             stopped_at = self._train()
-        except Stopped:
             self.saver.finish()
+            together = True
+            return stopped_at is None
+        except Stopped:
+            self.saver.finish()  # does nothing if it raised this
+            together = True
             raise
-        self.saver.finish()
+        finally:
+            self._close(together)
+
+    def _close(self, together: bool) -> None:
+        """Close what the session has opened: in a notebook the process outlives the run.
+
+        together: every rank is here. After an error of one of several ranks the engine might wait for a failed rank,
+        and the launcher ends the processes: close the log alone.
+        """
         self.log.close()
-        self.engine.close()
-        return stopped_at is None
+        if together:
+            end_workers(self.batches)
+            self.engine.close()
+            for data in filter(None, (self.data.train, self.data.validation)):
+                data.reader.close()
 
     def _train(self) -> int | None:
         """Take the steps that are left. Return None at the run's end, or the completed steps when asked to stop."""
@@ -85,7 +102,7 @@ class _Training:
             self.log.say(f"{self.directory.path}: complete at step {first} of {total}")
             return None
         self.log.say(self.session.headline())
-        batches = self._batches(total - first)
+        batches = self.batches = self._batches(total - first)
         self.clock.restart()
         for step in range(first, total):
             micro_batches = self._fetch(step, batches)

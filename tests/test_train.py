@@ -10,8 +10,10 @@ from dsmim.checkpoint.zero_shards import read_weights
 from tests.conftest import dsmim, run, tiny_recipe
 
 NOTEBOOK = """
-import os, signal, sys, threading, time
+import gc, os, signal, sys, threading, time
 from pathlib import Path
+import psutil, torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from dsmim.recipe.reading import parse_recipe
 from dsmim.train import fit
 import json
@@ -29,10 +31,20 @@ def interrupt_when(path):
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGINT)
 
-before = environment()
-for name, stage in [("first", "zero3"), ("second", "zero3"), ("third", "zero0")]:
+def left():
+    # Return how many tensors and descriptors there are, after checking that nothing keeps an engine.
+    gc.collect()
+    objects = gc.get_objects()
+    assert not [one for one in objects if type(one) is DeepSpeedEngine], "an engine is still in memory"
+    return sum(isinstance(one, torch.Tensor) for one in objects), len(os.listdir("/proc/self/fd"))
+
+before, after = environment(), []
+for name, stage in [("first", "zero3"), ("second", "zero3"), ("third", "zero0"), ("fourth", "zero1")]:
     assert fit(tiny(stage), folder / name)
     assert environment() == before
+    after.append(left())
+for tensors, descriptors in after:
+    assert (tensors, descriptors) == after[0], after
 
 try:
     fit(tiny("zero3", seed=1), folder / "first")
@@ -42,14 +54,20 @@ except ValueError as error:
 assert fit(tiny("zero3"), folder / "first")  # neither lock nor process group is left behind
 
 checkpoint = folder / "stopped/checkpoints/step_00000002"
+changes = {"data": recipe["data"] | {"workers": 1}, "checkpoint": recipe["checkpoint"] | {"background": True}}
 threading.Thread(target=interrupt_when, args=[checkpoint]).start()
 try:
-    fit(tiny("zero3"), folder / "stopped")
+    fit(tiny("zero3", **changes), folder / "stopped")
     raise SystemExit("was not interrupted")
-except KeyboardInterrupt:
-    pass
-assert fit(tiny("zero3"), folder / "stopped")
+except KeyboardInterrupt as held:  # a notebook keeps the last error, and with it all that its traceback names
+    assert not psutil.Process().children(), "data workers are still running"
+    opened = {file.path for file in psutil.Process().open_files()}
+    assert not [path for path in opened if path.endswith((".tar", ".jsonl"))], opened
+    assert not [thread for thread in threading.enumerate() if "checkpoint" in thread.name], "the writer is running"
+assert left() == after[0], (left(), after)
+assert fit(tiny("zero3", **changes), folder / "stopped")
 assert environment() == before
+assert left() == after[0], (left(), after)
 """
 
 

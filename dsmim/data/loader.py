@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch.utils.data import DataLoader, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dsmim.data.dataset import EvalDataset, TarDataset, collate
 from dsmim.data.order import rank_positions
@@ -65,6 +66,13 @@ def train_loader(
 def eval_loader(dataset: EvalDataset, size: int, world_size: int, rank: int, workers: int, pin: bool) -> DataLoader:
     """Return a loader of one rank's batches of an evaluation; each sample has weight 1 on exactly one rank."""
     return _loader(dataset, _EvalBatches(len(dataset), size, world_size, rank), workers, pin)
+
+
+def end_workers(batches: Iterator) -> None:
+    """End the workers of a loader's iterator. Otherwise they live as long as it, and the traceback of an error holds
+    it. torch has no public call for this."""
+    if isinstance(batches, _MultiProcessingDataLoaderIter):
+        batches._shutdown_workers()
 
 
 def _loader(dataset: torch.utils.data.Dataset, batches: Sampler, workers: int, pin: bool) -> DataLoader:

@@ -31,10 +31,19 @@ class ShardReader:
     """
 
     def __init__(self, shards: list[ShardIndex], cache: ShardCache | None = None, keep: int = OPEN_SHARDS):
-        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2  # two per shard; half is for all else
-        self.shards, self.cache, self.keep = shards, cache, min(max(keep, OPEN_SHARDS), descriptors // 2)
         self._files: OrderedDict[int, int] = OrderedDict()
         self._tables: OrderedDict[int, Table] = OrderedDict()
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2  # two per shard; half is for all else
+        self.shards, self.cache, self.keep = shards, cache, min(max(keep, OPEN_SHARDS), descriptors // 2)
+
+    def close(self) -> None:
+        """Close the descriptors and drop the tables. A later read opens them again."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+        self._tables.clear()
+
+    def __del__(self) -> None:
+        self.close()
 
     def __getstate__(self) -> dict:
         """Return the state without descriptors and mappings, which cannot be pickled."""

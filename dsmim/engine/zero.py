@@ -17,7 +17,7 @@ from dsmim.engine.ds_config import load_ds_config, owned_keys, zero_stage
 from dsmim.engine.optim import build_optimizer, parameter_groups
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.schedule import LearningRate
-from dsmim.engine.zero_internals import clear_padding, group_members, share_masters
+from dsmim.engine.zero_internals import clear_padding, group_members, release_modules, share_masters
 from dsmim.recipe import Recipe
 
 
@@ -134,8 +134,14 @@ class Engine:
         self._check_groups()
 
     def close(self) -> None:
+        """End the writer, after the files that it still writes, and let go of the model.
+
+        Nothing collective, but on a GPU it waits for the work in progress: don't call it when that may wait for a rank
+        that has failed.
+        """
         self.writer.close()
         self.deepspeed.destroy()
+        release_modules(self.module)
 
     def _unpartitioned_norm(self) -> float:
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]

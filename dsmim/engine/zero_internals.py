@@ -32,6 +32,25 @@ def clear_padding(optimizer: Any, rank: int) -> None:
             begin += size
 
 
+def release_modules(module: nn.Module) -> None:
+    """Take a closed engine's model out of what DeepSpeed keeps for the whole process. Without ZeRO-3, do nothing.
+
+    Otherwise the model, its engine and its process groups stay in memory as long as the process. DeepSpeed never
+    removes the model itself from FWD_MODULE_STACK (runtime/zero/parameter_offload.py, setup_zero_stage3_hooks), and the
+    cache of __params_to_release holds every coordinator and module (runtime/zero/partitioned_param_coordinator.py: an
+    lru_cache of a method). Another engine of the process loses only cached results, which it computes again.
+    """
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    own = {id(part) for part in module.modules()}
+    FWD_MODULE_STACK[:] = [part for part in FWD_MODULE_STACK if id(part) not in own]
+    method = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    for cell in method.__closure__:  # of DeepSpeed's decorator around the cache
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+
+
 def own_part(parameter: nn.Parameter, rank: int) -> tuple[int, int]:
     """Return the first element and the number of elements (no padding) that a rank has of a parameter at stage 3."""
     size = parameter.partition_numel()
