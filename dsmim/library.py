@@ -199,7 +199,7 @@ def _classes(weights: Weights, headless: nn.Module) -> int:
 
 
 def _head(model: nn.Module, weights: Weights) -> State:
-    """Return the tensors of a file's head under the model's names."""
+    """Return the tensors of a file's head, with the model's names."""
     native = layouts.to_native(weights.tensors, model.state_dict(), weights.source).tensors
     return {name: native[name] for name in heads.head_names(model, native)}
 

@@ -72,9 +72,11 @@ class Engine:
         return self.deepspeed(*inputs, **options)
 
     def train(self) -> None:
+        """Set the model to training mode."""
         self.deepspeed.train()
 
     def eval(self) -> None:
+        """Set the model to evaluation mode."""
         self.deepspeed.eval()
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -134,6 +136,7 @@ class Engine:
         self._check_groups()
 
     def close(self) -> None:
+        """Wait until every file is written, and free what DeepSpeed holds."""
         self.writer.close()
         self.deepspeed.destroy()
 
