@@ -26,6 +26,8 @@ _MODULES = {
     "load": "dsmim.library",
     "load_recipe": "dsmim.recipe.reading",
 }
+_HIDDEN = {"Any", "TYPE_CHECKING", "annotations", "import_module"}
+"""What this file itself uses; not names of dsmim."""
 
 
 def __getattr__(name: str) -> Any:
@@ -37,4 +39,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__} - _HIDDEN)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from timm.data import resolve_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
@@ -22,8 +23,10 @@ from dsmim.data.transforms import Channels, eval_crop, normalise
 from dsmim.evaluate import recipe_of, weights_for
 from dsmim.models import SimMIM, create_model, materialise
 from dsmim.models.foreign import PREFIX
-from dsmim.recipe import Augment, Recipe
+from dsmim.recipe import Augment, Model, Recipe
+from dsmim.recipe.errors import explain
 from dsmim.recipe.reading import parse_recipe
+from dsmim.recipe.section import Section
 from dsmim.shards.pixels import as_rgb
 from dsmim.tasks import build_task
 from dsmim.tasks.base import ARCHITECTURE
@@ -40,7 +43,7 @@ class EvalTransform:
 
     Takes encoded bytes, the path of an image file, a PIL image, or a uint8 tensor (3, H, W) or (1, H, W); gives float32
     (3, img_size, img_size), normalised. Bytes and paths are decoded as in training. An EXIF orientation is not applied,
-    as in training. Raises ValueError for anything else, and for what no decoder reads.
+    as in training. Raises ValueError for anything else, for an image without pixels, and for what no decoder reads.
     """
 
     img_size: int
@@ -50,11 +53,12 @@ class EvalTransform:
     std: Channels = IMAGENET_DEFAULT_STD
 
     def __call__(self, image: Buffer | str | Path | Image.Image | torch.Tensor) -> torch.Tensor:
-        pixels = eval_crop(self.augment, self.img_size)(_pixels(image))  # (3, H, W)
-        return normalise(pixels.unsqueeze(0), self.mean, self.std)[0]
+        pixels = _pixels(image)  # (3, H, W)
+        cropped = eval_crop(self.augment, self.img_size)(pixels)  # (3, img_size, img_size)
+        return normalise(cropped.unsqueeze(0), self.mean, self.std)[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two networks are equal only if they are the same one
 class Loaded:
     """A network with its weights, and the transform of its images. Unpacks as `model, transform = dsmim.load(…)`."""
 
@@ -126,6 +130,8 @@ def _from_export(weights: Weights, settings: dict[str, Any]) -> Loaded:
     model = build_task(_for_inference(recipe)).model
     if isinstance(model, SimMIM) and not any(key.endswith("mask_token") for key in weights.tensors):
         model = model.encoder
+    if recipe.task.name == "classify":
+        _check_head(model, weights, f"num_classes={recipe.task.num_classes} in the file's recipe", "export it again")
     return _matched(model, weights, recipe.task.name == "classify", _transform(recipe), recipe)
 
 
@@ -133,12 +139,16 @@ def _from_others(weights: Weights, name: str, settings: dict[str, Any]) -> Loade
     known = [*ARCHITECTURE, "num_classes", *_PREPARATION]
     if unknown := sorted(settings.keys() - set(known)):
         raise ValueError(f"dsmim.load has no setting {unknown[0]}; with name= there are {', '.join(known)}")
-    architecture = {key: value for key, value in settings.items() if key in ARCHITECTURE}
+    architecture = {key: settings[key] for key in ARCHITECTURE if settings.get(key) is not None}
+    preparation = {key: settings[key] for key in _PREPARATION if key in settings}
+    _check(Model, {"name": name, "img_size": 1} | architecture)  # a network of timm may set its own img_size
+    _check(Augment, preparation)
     model = create_model(name, "meta", num_classes=0, **architecture)
-    transform = _transform_of_others(name, model, settings, weights.source)
-    classes = settings["num_classes"] if "num_classes" in settings else _classes(weights, model)
+    transform = _transform_of_others(name, model, architecture.get("img_size"), preparation, weights.source)
+    classes = _chosen_classes(settings["num_classes"]) if "num_classes" in settings else _classes(weights, model)
     if classes:
         model = create_model(name, "meta", num_classes=classes, **architecture)
+        _check_head(model, weights, f"num_classes={classes}", "leave num_classes out")
     return _matched(model, weights, classes > 0, transform, None)
 
 
@@ -169,9 +179,9 @@ def _transform(recipe: Recipe) -> EvalTransform:
     return EvalTransform(recipe.model.img_size, recipe.data.augment)
 
 
-def _transform_of_others(name: str, network: nn.Module, settings: dict[str, Any], source: str) -> EvalTransform:
-    chosen = {key: settings[key] for key in _PREPARATION if key in settings}
-    img_size = settings.get("img_size")
+def _transform_of_others(
+    name: str, network: nn.Module, img_size: int | None, chosen: dict[str, Any], source: str
+) -> EvalTransform:
     if not name.startswith(PREFIX):
         if img_size is None:
             raise ValueError(f"{source}: does not say for which images its weights are; give img_size, their side")
@@ -184,9 +194,46 @@ def _transform_of_others(name: str, network: nn.Module, settings: dict[str, Any]
 
 
 def _classes(weights: Weights, headless: nn.Module) -> int:
-    """How many classes a file's head tells apart; 0 without a head."""
-    native = layouts.to_native(weights.tensors, headless.state_dict(), weights.source)
-    return max((len(native.tensors[name]) for name in heads.head_names(headless, native.tensors)), default=0)
+    """Return the number of classes of a file's head; 0 without a head."""
+    return max(map(len, _head(headless, weights).values()), default=0)
+
+
+def _head(model: nn.Module, weights: Weights) -> State:
+    """Return the tensors of a file's head, with the model's names."""
+    native = layouts.to_native(weights.tensors, model.state_dict(), weights.source).tensors
+    return {name: native[name] for name in heads.head_names(model, native)}
+
+
+def _check_head(model: nn.Module, weights: Weights, asked: str, fix: str) -> None:
+    """Check that the file and the model have a head for the same number of classes."""
+    theirs, own = _head(model, weights), model.state_dict()
+    if not theirs or not heads.head_names(model, own):
+        headless = "the network" if theirs else weights.source
+        raise ValueError(f"{asked}: {headless} has no classification head; {fix}")
+    for name, tensor in theirs.items():
+        if name in own and len(own[name]) != len(tensor):
+            raise ValueError(
+                f"{asked}: {weights.source} has {name} of shape {tuple(tensor.shape)}, the model "
+                f"{tuple(own[name].shape)}; {fix}"
+            )
+
+
+def _chosen_classes(number: Any) -> int:
+    if type(number) is not int or number < 0:
+        raise ValueError(
+            f"num_classes={number!r}: give a whole number, 0 for the network without a head, or leave it out for the "
+            "file's number"
+        )
+    return number
+
+
+def _check(section: type[Section], settings: dict[str, Any]) -> None:
+    """Check settings as those of a recipe; but the text "32" is no number."""
+    listed = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+    try:
+        section.model_validate(listed, strict=True)
+    except ValidationError as error:
+        raise ValueError(f"dsmim.load: {'; '.join(explain(error, section))}") from None
 
 
 def _refuse(settings: dict[str, Any], reason: str) -> None:
@@ -202,9 +249,9 @@ def _parsed(told: Any, source: str) -> dict[str, Any]:
 
 
 def _pixels(image: Buffer | str | Path | Image.Image | torch.Tensor) -> torch.Tensor:
-    """(3, H, W) uint8 in channels-last memory, as `decode` gives it."""
+    """Return (3, H, W) uint8 in channels-last memory, as `decode` does."""
     if isinstance(image, Image.Image):
-        return TF.pil_to_tensor(as_rgb(image))
+        return _rgb_of_pillow(image)
     if isinstance(image, torch.Tensor):
         return _rgb_tensor(image)
     if isinstance(image, Buffer):
@@ -219,10 +266,24 @@ def _pixels(image: Buffer | str | Path | Image.Image | torch.Tensor) -> torch.Te
         raise Undecodable(f"{image}: cannot be decoded: {error}") from None
 
 
+def _rgb_of_pillow(image: Image.Image) -> torch.Tensor:
+    _check_size(image.height, image.width)
+    try:
+        return TF.pil_to_tensor(as_rgb(image))
+    except Exception as error:  # an opened file is decoded here; Pillow's plug-ins may raise anything for damaged files
+        raise Undecodable(f"{getattr(image, 'filename', '') or 'an image'}: cannot be decoded: {error}") from None
+
+
 def _rgb_tensor(image: torch.Tensor) -> torch.Tensor:
     if image.dtype != torch.uint8 or image.ndim != 3 or len(image) not in (1, 3):
         raise ValueError(
             f"an image is a uint8 tensor (3, H, W) or (1, H, W) of values 0 to 255, not {image.dtype} "
             f"{tuple(image.shape)}; leave out normalisation, and the alpha channel"
         )
+    _check_size(*image.shape[1:])
     return image.expand(3, -1, -1).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+
+
+def _check_size(height: int, width: int) -> None:
+    if not height or not width:
+        raise ValueError(f"an image is at least one pixel high and wide, not {height} × {width} (height × width)")

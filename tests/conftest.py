@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -116,8 +117,10 @@ def run(*words: object, check: bool = True, cwd: Path = ROOT, silence: float = 3
     is progress.
     """
     command = [str(word) for word in words]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=environment(**env)) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", cwd=cwd,
+        env=environment(**env), start_new_session=True,
+    ) as process:  # fmt: skip
         try:
             stdout, stderr = _output(process, patience(silence))
         except BaseException:
@@ -144,12 +147,18 @@ def _output(process: subprocess.Popen, silence: float) -> tuple[str, str]:
 
 
 def _kill(number: int) -> None:
-    """Kill a process and all below it: a launcher's ranks would outlive it."""
+    """Kill a process, all below it, and its process group, whose number is the same.
+
+    A launcher's ranks would outlive it, and they may have groups of their own. What a command that has ended left in
+    the background is no longer below it, but in its group.
+    """
     with suppress(psutil.NoSuchProcess):
         first = psutil.Process(number)
         for member in [*first.children(recursive=True), first]:
             with suppress(psutil.NoSuchProcess):
                 member.kill()
+    with suppress(ProcessLookupError):
+        os.killpg(number, signal.SIGKILL)
 
 
 def dsmim(*words: object, **options):

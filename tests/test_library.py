@@ -257,7 +257,16 @@ def test_windows_that_a_file_does_not_say_are_warned_of(tmp_path):
         ({"name": "swinv2_nan"}, "no model 'swinv2_nan'; did you mean swinv2_nano?"),
         ({"name": "swinv2_nano"}, "model.window_size: swinv2_nano attends within windows, give their side"),
         ({"name": "swinv2_nano", "window_size": 4}, "does not say for which images its weights are; give img_size"),
-        (SWIN | {"num_classes": 7}, "swin.pth has head.fc.bias of shape (5,), the model (7,)"),
+        (SWIN | {"num_classes": 7}, "swin.pth has head.fc.bias of shape (5,), the model (7,); leave num_classes out"),
+        (SWIN | {"num_classes": None}, "num_classes=None: give a whole number, 0 for the network without a head"),
+        (SWIN | {"num_classes": -1}, "num_classes=-1: give a whole number"),
+        (SWIN | {"num_classes": "5"}, "num_classes='5': give a whole number"),
+        (SWIN | {"img_size": "64"}, "dsmim.load: img_size: input should be a valid integer (given: '64')"),
+        (SWIN | {"window_size": 0}, "dsmim.load: window_size: input should be greater than or equal to 1 (given: 0)"),
+        (SWIN | {"name": 3}, "dsmim.load: name: input should be a valid string (given: 3)"),
+        (SWIN | {"eval_interpolation": "cubic"},
+         "dsmim.load: eval_interpolation: input should be 'bilinear' or 'bicubic' (given: 'cubic')"),
+        (SWIN | {"eval_crop_ratio": 0}, "dsmim.load: eval_crop_ratio: input should be greater than 0 (given: 0)"),
         (SWIN | {"num_class": 5}, "dsmim.load has no setting num_class; with name= there are img_size, window_size"),
         (SWIN | {"name": "swinv2_tiny"}, "swin.pth: has [1, 2, 4, 8] heads per stage"),
         (SWIN | {"ema": True}, "swin.pth: ema=True is for runs and checkpoints"),
@@ -268,6 +277,37 @@ def test_errors_of_files(tmp_path, given, message):
     with pytest.raises(ValueError) as caught:
         dsmim.load(path, **given)
     assert message in str(caught.value)
+
+
+def test_a_number_of_classes_for_a_file_without_a_head(tmp_path):
+    path = saved(tmp_path / "simmim.pth", swin_as_simmim(timm_swin(num_classes=0)))
+    with pytest.raises(ValueError) as caught:
+        dsmim.load(path, **SWIN, num_classes=5)
+    assert str(caught.value) == f"num_classes=5: {path} has no classification head; leave num_classes out"
+
+
+def test_an_export_without_its_head(tmp_path):
+    model = scrambled(dsmim.create_model(**SWIN, num_classes=5))
+    tree = tiny_recipe(tmp_path, task={"name": "classify", "num_classes": 5}, model=SWIN)
+    export(run_directory(tmp_path / "run", tree, model), out := tmp_path / "model.pth")
+    content = torch.load(out, weights_only=True)
+    del content["model"]["head.fc.bias"], content["model"]["head.fc.weight"]
+    torch.save(content, out)
+    with pytest.raises(ValueError) as caught:
+        dsmim.load(out)
+    asked = "num_classes=5 in the file's recipe"
+    assert str(caught.value) == f"{asked}: {out} has no classification head; export it again"
+
+
+def test_windows_may_be_a_tuple_and_settings_none(tmp_path):
+    path = saved(tmp_path / "swin.pth", swin_as_published(timm_swin()))
+    given = {"drop_path_rate": None, "extra_norm_every": None, "pretrained_window_sizes": (4, 4, 4, 2)}
+    assert dsmim.load(path, **SWIN, **given).model(images()).shape == (2, 5)
+
+
+def test_what_was_loaded_is_a_key(pretrained):
+    first, second = dsmim.load(pretrained[0]), dsmim.load(pretrained[0])
+    assert {first: "first", second: "second"}[first] == "first" and first != second
 
 
 def test_no_part_of_a_network_stays_untrained(tmp_path):
@@ -360,8 +400,21 @@ def test_what_is_no_image(transform, image):
         transform(image)
 
 
+@pytest.mark.parametrize(
+    "image",
+    [Image.new("RGB", (5, 0)), Image.new("I;16", (5, 0)), *(torch.zeros(c, 0, 5, dtype=torch.uint8) for c in (1, 3))],
+    ids=str,
+)
+def test_images_without_pixels(transform, image):
+    with pytest.raises(ValueError, match=r"at least one pixel high and wide, not 0 × 5 \(height × width\)"):
+        transform(image)
+
+
 def test_image_files_that_cannot_be_read(transform, tmp_path):
     (tmp_path / "image.png").write_bytes(b"rubbish")
     for name, said in (("image.png", "cannot be decoded: no known image format"), ("none.png", "No such file")):
         with pytest.raises(ValueError, match=rf"{name}: .*{said}"):
             transform(tmp_path / name)
+    (tmp_path / "cut.jpg").write_bytes(image_bytes(3, side=200, kind="JPEG")[:2000])
+    with pytest.raises(ValueError, match=r"cut\.jpg: cannot be decoded: image file is truncated"):
+        transform(Image.open(tmp_path / "cut.jpg"))

@@ -1,5 +1,6 @@
 """What `import dsmim` gives, and what it costs."""
 
+import ast
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ def test_importing_dsmim_is_light():
     code = f"import sys; import dsmim; print(dir(dsmim)); print([name for name in {HEAVY} if name in sys.modules])"
     names, heavy = run(sys.executable, "-W", "error", "-c", code).stdout.splitlines()
     assert heavy == "[]" and all(repr(name) in names for name in dsmim.__all__)
+    assert {name for name in ast.literal_eval(names) if not name.startswith("_")} == {*dsmim.__all__} - {"__version__"}
 
 
 def test_the_names_of_dsmim():

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -37,5 +38,26 @@ def test_a_silent_command_is_killed_with_its_children(monkeypatch, tmp_path):
     script = f"echo before; sleep 60 & echo $! >{tmp_path}/child; wait"
     with pytest.raises(pytest.fail.Exception, match="printed nothing for 1 s and was killed; before:\nbefore"):
         run("bash", "-c", script, silence=1)
-    child = int((tmp_path / "child").read_text())
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    assert_killed(int((tmp_path / "child").read_text()))
+
+
+def test_a_command_that_has_ended_is_not_outlived_by_its_children(monkeypatch, tmp_path):
+    """The child has the command's pipe, so its output has no end."""
+    monkeypatch.delenv(PATIENCE, raising=False)
+    with pytest.raises(pytest.fail.Exception, match="printed nothing for 1 s and was killed; before:\nbefore"):
+        run("bash", "-c", f"echo before; sleep 60 & echo $! >{tmp_path}/child", silence=1)
+    assert_killed(int((tmp_path / "child").read_text()))
+
+
+def test_output_that_is_not_utf_8():
+    done = run("bash", "-c", r"printf 'a\xffb'; printf '\xfe' >&2")
+    assert (done.stdout, done.stderr) == ("a\ufffdb", "\ufffd")
+
+
+def assert_killed(number: int) -> None:
+    """The kernel may need a moment to end a killed process, and its new parent one to collect it."""
+    deadline = time.monotonic() + patience(5)
+    with suppress(psutil.NoSuchProcess):
+        while psutil.Process(number).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, f"process {number} lives"
+            time.sleep(0.05)

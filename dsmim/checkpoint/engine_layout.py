@@ -55,7 +55,7 @@ def flat_tensors(engine: Engine, rank: int) -> list[FlatTensor]:
 
 
 def _stage_0(engine: Engine, rank: int) -> Iterator[FlatTensor]:
-    """Each parameter is a whole tensor."""
+    """Yield each parameter, which is a whole tensor."""
     names = engine.deepspeed.param_names
     for group in engine.optimizer.param_groups:
         for p in group["params"]:
@@ -64,7 +64,7 @@ def _stage_0(engine: Engine, rank: int) -> Iterator[FlatTensor]:
 
 
 def _stage_1_2(engine: Engine, rank: int) -> Iterator[FlatTensor]:
-    """Each group is one flat tensor, of which this rank has a partition."""
+    """Yield this rank's partition of each group's flat tensor."""
     optimizer, names = engine.deepspeed.optimizer, engine.deepspeed.param_names
     for master, members in zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True):
         pieces = []
@@ -77,7 +77,7 @@ def _stage_1_2(engine: Engine, rank: int) -> Iterator[FlatTensor]:
 
 
 def _stage_3(engine: Engine, rank: int) -> Iterator[FlatTensor]:
-    """Each sub-group is one flat tensor of this rank's pieces of its parameters."""
+    """Yield the flat tensor of each sub-group: this rank's pieces of its parameters."""
     optimizer, names = engine.deepspeed.optimizer, engine.deepspeed.param_names
     for master, members in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
         pieces, at = [], 0

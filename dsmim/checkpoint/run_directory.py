@@ -36,6 +36,7 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
         return self.path / "checkpoints"
 
     @property
@@ -59,7 +60,10 @@ class RunDirectory:
         return self.state.get("validation_due", False)
 
     def same_shards(self, world_size: int, stage: int) -> bool:
-        """Whether so many ranks at this ZeRO stage can load the checkpoint as it is. At stage 0 every rank has all."""
+        """Return whether a job of this world size and ZeRO stage can load the checkpoint as it is.
+
+        At stage 0 every rank has the whole state, so any world size can.
+        """
         return self.state["zero_stage"] == stage and (stage == 0 or self.state["world_size"] == world_size)
 
     def open(self, recipe: Recipe, data: str, runtime: Runtime, fork: bool) -> None:

@@ -23,6 +23,7 @@ class HashingFile:
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
+        """Write and digest; after an error only count, so that the writer continues to its end."""
         if self.error is None:
             try:
                 self.file.write(data)
@@ -33,6 +34,7 @@ class HashingFile:
         return len(data)
 
     def flush(self) -> None:
+        """Do nothing: `finish` flushes."""
         pass
 
     def finish(self, sync: bool = True) -> FileEntry:

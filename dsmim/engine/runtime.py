@@ -50,14 +50,17 @@ class Runtime:
 
     @property
     def rank(self) -> int:
+        """This process's number among all ranks, from 0."""
         return self.place.rank
 
     @property
     def world_size(self) -> int:
+        """Number of ranks."""
         return self.place.world_size
 
     @property
     def is_rank_zero(self) -> bool:
+        """Whether this is rank 0, which writes what is written once."""
         return self.rank == 0
 
     def phase(self, name: str, step: int) -> None:

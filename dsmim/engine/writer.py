@@ -31,9 +31,11 @@ class CheckpointWriter(CheckpointEngine):
         self._files: dict[str, Future[FileEntry]] = {}
 
     def create(self, info: CheckpointCommitInfo) -> None:
+        """Begin a new checkpoint: forget the files of the one before."""
         self._files, self.bytes = {}, 0
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
+        """Write one file, or copy it into memory and let the thread write it. See `entries` for its errors."""
         file = Path(path)
         if optimizer := state_dict.get("optimizer_state_dict"):
             # It is an enum. Python 3.11.2 pickles that as a call of getattr, which torch's restricted loader refuses.
@@ -49,9 +51,11 @@ class CheckpointWriter(CheckpointEngine):
         self._files[file.name] = self._pool.submit(_write_from_memory, file, memory)
 
     def load(self, path: str, map_location: Any = None) -> Any:
+        """Return what a file holds. It is unpickled without restrictions, so it must be the user's own."""
         return torch.load(path, map_location=map_location, weights_only=False)  # DeepSpeed pickles its own classes
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
+        """Return True, which DeepSpeed expects after the last file."""
         return True  # Saver publishes the checkpoint, once every rank's files are on disk
 
     @property
@@ -64,7 +68,7 @@ class CheckpointWriter(CheckpointEngine):
         return {name: future.result() for name, future in self._files.items()}
 
     def close(self) -> None:
-        """End the thread, after the files that it still writes."""
+        """Wait for the files that are still being written, and end the thread."""
         if self._pool is not None:
             self._pool.shutdown()
 

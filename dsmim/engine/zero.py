@@ -72,9 +72,11 @@ class Engine:
         return self.deepspeed(*inputs, **options)
 
     def train(self) -> None:
+        """Set the model to training mode."""
         self.deepspeed.train()
 
     def eval(self) -> None:
+        """Set the model to evaluation mode."""
         self.deepspeed.eval()
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -134,9 +136,9 @@ class Engine:
         self._check_groups()
 
     def close(self) -> None:
-        """End the writer, after the files that it still writes, and let go of the model.
+        """Wait until every file is written, and free the model and what DeepSpeed holds.
 
-        Nothing collective, but on a GPU it waits for the work in progress: don't call it when that may wait for a rank
+        Nothing collective, but on a GPU it waits for the work in progress: do not call it when that may wait for a rank
         that has failed.
         """
         self.writer.close()

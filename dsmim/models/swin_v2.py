@@ -25,6 +25,7 @@ class ResPostNorm(nn.LayerNorm):
     """The norm at the end of a residual branch. It starts at 0, so every block starts as the identity."""
 
     def initialise(self) -> None:
+        """Set scale and shift to 0."""
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -40,6 +41,7 @@ class DropPath(nn.Module):
         self.register_buffer("keep", torch.tensor(1 - rate, device="cpu"), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x (B, …) with dropped samples set to 0; in evaluation, x itself."""
         if not self.training:
             return x
         kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) < self.keep
@@ -69,6 +71,7 @@ class SwinTransformerV2Block(nn.Module):
         self.register_buffer("mask", _mask(padded, self.window, self.shift) if self.shift else None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the block's output: (B, H, W, C) → (B, H, W, C)."""
         x = x + self.drop_path1(self.norm1(self.mix(x)))  # not in place: under autocast the branch may be bfloat16
         x = x + self.drop_path2(self.norm2(self.mlp(x)))
         return x if self.enorm is None else self.enorm(x)
@@ -93,6 +96,7 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(2 * dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Join four neighbours, reduce their 4C channels to 2C, and normalise."""
         B, H, W, C = x.shape
         x = x.view(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5).flatten(3)  # column by column, as published
         return self.norm(self.reduction(x))
@@ -109,6 +113,7 @@ class Stage(nn.Module):
         self.recompute = Recompute()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the stage's output (B, H, W, C); its input is twice as high and wide except in the first stage."""
         return run(self.blocks, self.downsample(x), self.recompute, self.first_block, self.number)
 
 
@@ -151,6 +156,7 @@ class SwinTransformerV2(nn.Module):
         self.head = ClassifierHead(self.num_features, num_classes, pool_type="avg", input_fmt="NHWC")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, num_classes), or pooled features (B, num_features) without head."""
         return self.head(self.norm(self.layers(self.patch_embed(images))))
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:

@@ -65,6 +65,7 @@ class DeiT3(VisionTransformer):
         trunc_normal_(self.cls_token, std=DEVIATION)
 
     def forward_features(self, images: torch.Tensor, **_) -> torch.Tensor:  # newer timm passes attention masks
+        """Return all tokens, the class token first: (B, 3, H, W) → (B, 1 + L, D)."""
         return self._through(self.patch_embed(images))
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:

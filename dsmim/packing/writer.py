@@ -66,7 +66,7 @@ def build_shards(
     options: WriteOptions = WriteOptions(),
     workers: int = 1,
 ) -> BuildResult:
-    """Write `out/NAME-000000.tar …` and their indexes for every part; each file appears under its name when whole.
+    """Write `out/NAME-000000.tar …` and their indexes for every part; each file gets its name when it is complete.
 
     Shards that an earlier run of the same build has finished are kept. Raises ValueError when the name has shards of
     another build, or another process builds into `out`.

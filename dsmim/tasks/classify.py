@@ -34,12 +34,14 @@ class Classify(Task):
         self.eval_sample = _LabelledSample(eval_transform(augment, size))
 
     def check_micro_batch(self, size: int) -> None:
+        """Raise ValueError for an odd size with mixup or CutMix, which pair neighbours."""
         if size % 2 and (self.settings.mixup or self.settings.cutmix):
             raise ValueError(
                 f"batch.micro_batch: mixup and CutMix pair neighbours; {size} samples per rank are odd, set an even one"
             )
 
     def training_loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """Return the mean cross entropy over soft targets, after mixup or CutMix."""
         images, targets = normalise(batch["image"]), self._targets(batch["label"])
         if self.settings.mixup or self.settings.cutmix:
             images, targets = mix(images, targets, self.settings, self.seed, batch["step"])
@@ -47,12 +49,14 @@ class Classify(Task):
         return -(targets * F.log_softmax(logits, dim=-1)).sum(dim=-1).mean()
 
     def validation_sums(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """Return (3,) float64: weighted sums of cross entropy (hard labels), right answers and samples."""
         logits, labels, weight = forward(normalise(batch["image"])).float(), batch["label"], batch["weight"].double()
         losses = F.cross_entropy(logits, labels, reduction="none").double()  # (B,)
         right = (logits.argmax(dim=-1) == labels).double()
         return torch.stack([(losses * weight).sum(), (right * weight).sum(), weight.sum()])
 
     def metrics(self, sums: torch.Tensor) -> dict[str, float]:
+        """Return mean loss, top-1 accuracy (0 to 1) and the number of samples; without samples the means are NaN."""
         loss, right, samples = sums.tolist()
         count = samples or float("nan")
         return {"loss": loss / count, "accuracy": right / count, "samples": int(samples)}

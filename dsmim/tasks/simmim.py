@@ -38,14 +38,17 @@ class MaskedImageModelling(Task):
         self.eval_sample = _MaskedSample(recipe, patch, eval_transform(augment, size))
 
     def training_loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """Return SimMIM's mean L1 error of the hidden pixels."""
         return forward(normalise(batch["image"]), batch["mask"])
 
     def validation_sums(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """Return (3,) float64: weighted sums of absolute errors, hidden values (pixels × channels) and samples."""
         images, mask, weight = normalise(batch["image"]), batch["mask"], batch["weight"].double()
         errors = forward(images, mask, reduction="image_sum").double()  # (B,)
         values = self.model.hidden_pixels(mask).sum(dim=(1, 2, 3)) * images.shape[1]  # (B,)
         return torch.stack([(errors * weight).sum(), (values * weight).sum(), weight.sum()])
 
     def metrics(self, sums: torch.Tensor) -> dict[str, float]:
+        """Return the mean absolute error of a hidden value, NaN if nothing is hidden, and the number of samples."""
         error, values, samples = sums.tolist()
         return {"loss": error / values if values else float("nan"), "samples": int(samples)}

@@ -124,8 +124,8 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _learned(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe travels with the weights, for dsmim.load: network, task, image preparation, training; not where
-    files are."""
+    """Return the part of a recipe that is stored with the weights, for dsmim.load: network, task, image preparation,
+    training; not where files are."""
     kept = dict.fromkeys(("name", "seed", "task", "model", "batch", "optim", "schedule"), True)
     return recipe.model_dump(
         mode="json", include=kept | {"data": {"augment"}}, exclude={"model": {"weights", "weights_head"}}

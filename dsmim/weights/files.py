@@ -95,7 +95,7 @@ def _unwrapped(content: Any, source: str) -> Weights:
         entries = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(
             f"{source}: {f'{strange[0]} is not a tensor' if strange else 'holds no tensors'}; dsmim needs a dict of "
-            f"tensors, alone or under the key {' or '.join(CONTAINERS)}; found: {entries[:300]}"
+            f"tensors, alone or as the value of the key {' or '.join(CONTAINERS)}; found: {entries[:300]}"
         )
     return Weights(_without_wrappers(content), source, left_out, _windows_in(metadata), metadata)
 

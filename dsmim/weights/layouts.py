@@ -32,7 +32,7 @@ _PLAIN = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
 
 @dataclass
 class Native:
-    """A file under dsmim's names, and the origin of each tensor."""
+    """A file with dsmim's names, and the origin of each tensor."""
 
     layout: str
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class _Layout:
 
 
 def to_native(tensors: Mapping[str, torch.Tensor], own: Collection[str], source: str) -> Native:
-    """Return the file under dsmim's names: the network without prefix, plus `mask_token` and `decoder.0.…`.
+    """Return the file with dsmim's names: the network without prefix, plus `mask_token` and `decoder.0.…`.
 
     own: the names of the model's tensors. Raises ValueError when two keys mean the same tensor.
     """

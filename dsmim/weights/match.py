@@ -66,7 +66,7 @@ class LoadReport:
 
 
 def match(model: nn.Module, weights: Weights, head: str | None = None) -> tuple[LoadReport, State]:
-    """Return a report, and the file's weights under the model's names and in its shapes.
+    """Return a report, and the file's weights with the model's names and shapes.
 
     The model's parameters may be on the meta device; they are not changed. head: see heads.settle. The state maps full
     names of the model's parameters (and of the persistent buffers of a network of timm) to tensors of their shape.

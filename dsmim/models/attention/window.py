@@ -83,6 +83,7 @@ class WindowAttention(nn.Module):
             return table.gather(1, self.pairs.expand(self.num_heads, -1)).view(-1, tokens, tokens)
 
     def train(self, mode: bool = True) -> WindowAttention:
+        """Set the mode, and forget the bias that was kept for evaluation."""
         self.fixed_bias = None
         return super().train(mode)
 
