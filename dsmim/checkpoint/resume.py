@@ -13,7 +13,7 @@ from dsmim.engine.zero import Engine
 
 
 def resume_engine(run: RunDirectory, engine: Engine, runtime: Runtime, say: Callable[[str], None]) -> None:
-    """Load run.resume_from into the engine. If the engine is cut up in another way, convert the checkpoint first.
+    """Load run.resume_from into the engine. If the engine is partitioned differently, convert the checkpoint first.
     Collective. Raises Stopped when the checkpoint cannot be read or is of another model."""
     runtime.phase("resuming", run.step)
     if run.same_shards(runtime.world_size, engine.stage):

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from types import NoneType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 from dsmim.health.outcome import COMPLETE, FAILED, LostPeer, Stopped
 
@@ -28,7 +28,7 @@ def _nothing(error: object) -> None:
 
 def _close_output(error: BaseException) -> None:
     """Send further output nowhere: the reader is gone (`dsmim samples … | head`)."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in _open_streams():
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -61,10 +61,15 @@ def _print(error: BaseException) -> None:
 
 def _at_once(status: int) -> NoReturn:
     """End the process here, without the interpreter's shutdown."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in _open_streams():
         with suppress(OSError):
             stream.flush()
     os._exit(status)
+
+
+def _open_streams() -> list[TextIO]:
+    """Return standard output and error. One that was closed before Python started (`>&-`) is None, and left out."""
+    return [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
 
 
 def _after_mpi(status: int) -> NoReturn:

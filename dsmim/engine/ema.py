@@ -1,7 +1,7 @@
-"""A moving average of the weights, cut up like the optimizer's moments.
+"""A moving average of the weights, partitioned like the optimizer's moments.
 
-It is kept in the optimizer's state, beside them. So DeepSpeed saves, loads and cuts it up as it does the moments, at
-every ZeRO stage.
+It is kept in the optimizer's state, beside them. So DeepSpeed saves, loads and partitions it as it does the moments,
+at every ZeRO stage.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def parameter_groups(model: nn.Module, layers: dict[str, int], optim: Optim) -> 
 
     layers: parameter name → layer id; scale = layer_decay ** (highest id - id), as in microsoft/SimMIM and BEiT.
     Biases, other 1-D tensors and names that match optim.no_decay have no weight decay.
-    To be called before ZeRO-3 cuts up the parameters: afterwards every tensor looks one-dimensional.
+    To be called before ZeRO-3 partitions the parameters: afterwards every tensor looks one-dimensional.
     """
     top = max(layers.values())
     members: dict[tuple[float, float], list[str]] = {}

@@ -50,7 +50,7 @@ class Engine:
         self.stage = zero_stage(self.config)
         # Groups hold names, and are made while the parameters have their shapes: ZeRO-3's shards all look 1-D.
         self.groups = parameter_groups(model, layers, recipe.optim)
-        # The weights: filled, moved to the device or cut up as the stage requires, the same on every rank.
+        # The weights: filled, moved to the device or partitioned as the stage requires, the same on every rank.
         construct(model, parts, self.config, self.stage, runtime)
         share_buffers(model, runtime)
         # The optimizer holds the parameters themselves; filling has replaced those of the meta device.

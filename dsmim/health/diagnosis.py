@@ -51,7 +51,7 @@ def wait_for_readers(place: Placement, interval: float) -> None:
 
 
 def _ask_board(place: Placement, beat: Heartbeat) -> Diagnosis:
-    """Read the board twice: a rank that says nothing new in between is dead, or as good as dead."""
+    """Read the board twice: a rank that says nothing new in between is taken as lost."""
     time.sleep(0.5 * beat.interval)  # a store whose process is just ending would still accept a connection
     board = StatusBoard(place, ANSWER)
     board.publish(place.rank, beat.status())

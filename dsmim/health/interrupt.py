@@ -7,9 +7,10 @@ that follows needs all of them at the same step.
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -25,15 +26,16 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self._waiting = self._timed = False
+        self._waiting = False
+        self._timers = ExitStack()
 
     def __enter__(self) -> Interrupt:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Cancel the timer of `stop_before`: in a notebook the process outlives the run."""
-        if self._timed:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        """Cancel the timer of `stop_before`, and restore the handler of SIGALRM that was set before: in a notebook
+        the process outlives the run."""
+        self._timers.close()
 
     def listen(self) -> None:
         """Treat SIGUSR1, SIGUSR2 and SIGTERM as requests to stop. Only the first counts. Call it in the main thread."""
@@ -43,16 +45,31 @@ class Interrupt:
     def stop_before(self, end: float | None, minutes: float) -> None:
         """Ask to stop `minutes` before `end`, by a timer, which also wakes a rank that waits for data.
 
+        Only the main thread may handle signals. In another thread, the timer is a thread too: it sets `reason`, but
+        cannot wake a rank that waits for data; the rank stops when it has its next batch.
+
         If less than twice that time is left, stop halfway: a job that makes no progress would be requeued for ever.
         end: seconds since 1970; None: unknown, and nothing is set up.
         """
         if end is None or not minutes:
             return
         left = end - time.time()
-        clock = time.strftime("%H:%M:%S", time.localtime(end))
-        signal.signal(signal.SIGALRM, lambda *_: self._request(f"the job ends at {clock}"))
-        self._timed = True
-        signal.setitimer(signal.ITIMER_REAL, max(left - 60 * minutes, left / 2, 0.001))
+        reason = f"the job ends at {time.strftime('%H:%M:%S', time.localtime(end))}"
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        start = self._start_alarm if in_main_thread else self._start_thread
+        start(max(left - 60 * minutes, left / 2, 0.001), reason)
+
+    def _start_alarm(self, seconds: float, reason: str) -> None:
+        before = signal.signal(signal.SIGALRM, lambda *_: self._request(reason))
+        self._timers.callback(signal.signal, signal.SIGALRM, before or signal.SIG_DFL)  # None: not set by Python
+        self._timers.callback(signal.setitimer, signal.ITIMER_REAL, 0)  # runs first: no alarm for the old handler
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def _start_thread(self, seconds: float, reason: str) -> None:
+        timer = threading.Timer(seconds, self._note, (reason,))
+        timer.daemon = True
+        self._timers.callback(timer.cancel)
+        timer.start()
 
     def fetch(self, batches: Iterator[Any]) -> Any | None:
         """Return the next of `batches`; None when this rank has been asked to stop, before or while it waits."""
@@ -75,8 +92,12 @@ class Interrupt:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._request(signal.Signals(number).name)
 
-    def _request(self, reason: str) -> None:
+    def _note(self, reason: str) -> bool:
+        """Set the reason if there is none, and return whether there was none."""
         first, self.reason = self.reason is None, self.reason or reason
-        if first and self._waiting:
+        return first
+
+    def _request(self, reason: str) -> None:
+        if self._note(reason) and self._waiting:
             self._waiting = False  # a second signal must not interrupt the saving that follows
             raise _StopWaiting

@@ -16,7 +16,7 @@ from dsmim.health.watchdog import GRACE, Watchdog
 
 
 class RankMonitor:
-    """Shows the other ranks what this rank does, ends it when it hangs, and names the ranks that it waits for in vain.
+    """Shows the other ranks what this rank does, ends it when it hangs, and names the ranks that do not answer it.
 
     limit_seconds: the watchdog ends the process with status 70 (1 when another rank has given its reason) when `phase`
     is not called for this time and `grace` seconds more. every_beat: called every `interval` seconds from the thread of

@@ -80,7 +80,7 @@ def _family(name: str):
         if name in family.SIZES:
             return family
     close = difflib.get_close_matches(name, model_names(), n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = f"; did you mean {close[0]}?" if close else "."
     raise ValueError(f"model.name: no model {name!r}{hint} Known: {', '.join(model_names())}, timm:NAME")
 
 

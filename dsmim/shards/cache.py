@@ -25,7 +25,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from dsmim.shards import remote
-from dsmim.shards.atomic import remove_if_free
 from dsmim.shards.locks import locked
 
 Shard = tuple[str, int, str]  # URL, bytes, SHA-256
@@ -154,7 +153,9 @@ class ShardCache:
             if digest == own:
                 part.unlink(missing_ok=True)
             else:
-                remove_if_free(part, self.folder / f"{digest}.lock")
+                with locked(self.folder / f"{digest}.lock", wait=False) as free:
+                    if free:
+                        part.unlink(missing_ok=True)
 
     def _parts(self) -> list[Path]:
         return [path for path in self.folder.iterdir() if _PART.fullmatch(path.name)]

@@ -231,7 +231,7 @@ def _check_tar(index: ShardIndex, tar: os.stat_result, sidecar: os.stat_result, 
 
 def _holds_samples(index: ShardIndex) -> bool:
     """Return whether the first, middle and last sample are where the index says: a folder that was copied without its
-    times is as good as the original. (Each read, and `shards verify`, check more.)"""
+    times is still valid. (Each read, and `shards verify`, check more.)"""
     table = index.table()
     with Path(index.tar).open("rb") as file:
         rows = (0, index.stored // 2, index.stored - 1)

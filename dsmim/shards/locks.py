@@ -6,11 +6,15 @@ where it has them (NFS; Lustre mounted with -o flock).
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
+"""What flock reports on a file system without locks."""
 
 # Locks held by this process. A forked child would keep them locked after the death of this process.
 _held: set[int] = set()
@@ -26,13 +30,13 @@ os.register_at_fork(after_in_child=_drop_held)
 
 
 @contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of a file, which is created if it is missing.
+def locked(path: Path, wait: bool = True, create: bool = True) -> Iterator[bool]:
+    """Hold the lock of a file, which is created if it is missing, unless `create` is False.
 
     Yields whether the lock is held: always with `wait`; without, False while another process holds it. Raises OSError
-    when the file cannot be opened for writing, or its file system has no locks.
+    when the file cannot be opened for writing, is a symbolic link, or cannot be locked.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if create else 0), 0o666)
     _held.add(descriptor)
     try:
         held = _flock(descriptor, path, wait)
@@ -52,6 +56,9 @@ def _flock(descriptor: int, path: Path, wait: bool) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        advice = "mount it with them (Lustre: -o flock), or use another folder"
-        raise OSError(error.errno, f"its file system has no locks ({error.strerror}); {advice}", str(path)) from None
+        reason = error.strerror
+        if error.errno in _NO_LOCKS:
+            advice = "mount it with them (Lustre: -o flock), or use another folder"
+            reason = f"its file system has no locks ({reason}); {advice}"
+        raise OSError(error.errno, reason, str(path)) from None
     return True

@@ -14,7 +14,7 @@ import yaml
 
 from dsmim.cli.ending import ENDINGS
 from dsmim.health.outcome import LostPeer
-from tests.conftest import environment, tiny_recipe
+from tests.conftest import environment, patience, tiny_recipe
 
 PROGRAM = """
 import atexit, sys
@@ -77,22 +77,38 @@ CASES = [
 ]
 
 
+def run_main(folder, words, rank="0", redirection=""):
+    """Run PROGRAM by a shell, which may close its output: `>&-`."""
+    (folder / "r.yaml").write_text(yaml.safe_dump(tiny_recipe(folder)))
+    command = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-c", PROGRAM, *words]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=environment(RANK=rank), timeout=patience(60),
+        check=False,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("result", "words", "rank", "error", "status", "ended"),
     [case[1:] for case in CASES],
     ids=[f"{case[2][0]}-{case[1]}-rank{case[3]}" for case in CASES],
 )
 def test_every_ending(tmp_path, result, words, rank, error, status, ended):
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tiny_recipe(tmp_path)))
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, result, *words],
-        capture_output=True, text=True, cwd=tmp_path, env=environment(RANK=rank), timeout=60, check=False,
-    )  # fmt: skip
+    done = run_main(tmp_path, [result, *words], rank)
     assert (done.returncode, done.stdout.split()) == (status, ["{}"] * (result == "{}" and rank == "0") + ended)
     if error == "Traceback":
         assert done.stderr.startswith("Traceback") and done.stderr.endswith("ZeroDivisionError: division by zero\n")
     else:
         assert done.stderr == error
+
+
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_output_changes_no_status_and_adds_no_error(tmp_path, redirection):
+    for result, words, status in (("True", TRAIN, 0), ("False", TRAIN, 75), ("BrokenPipeError()", SAMPLES, 0),
+                                  ("BrokenPipeError()", TRAIN, 1)):  # fmt: skip
+        done = run_main(tmp_path, [result, *words], redirection=redirection)
+        assert (done.returncode, done.stderr) == (status, ""), result
+    done = run_main(tmp_path, ['ValueError("told")', *TRAIN], redirection=redirection)
+    assert (done.returncode, done.stderr) == (1, ONE if redirection == ">&-" else "")
 
 
 def test_every_row_has_a_case_for_both_kinds_of_commands():

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -69,3 +71,61 @@ def test_a_job_stops_so_many_minutes_before_its_end(interrupt):
 def test_a_job_past_its_end_stops_at_once(interrupt):
     interrupt.stop_before(time.time() - 5, minutes=1)
     assert interrupt.fetch(blocked()) is None and interrupt.reason is not None
+
+
+def in_thread(body):
+    """Call body in a thread; return what it returns, or raise what it raises."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(body).result(patience(60))
+
+
+def timers():
+    return [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+
+
+def test_in_a_thread_the_reason_is_set_and_waiting_is_not_interrupted():
+    def body():
+        with Interrupt() as interrupt:
+            interrupt.stop_before(time.time() + 0.4, minutes=5)
+            assert [timer.daemon for timer in timers()] == [True]
+            got = interrupt.fetch(late_batch(interrupt))
+            return got, interrupt.fetch(iter(["batch"])), interrupt.reason
+
+    got, following, reason = in_thread(body)
+    assert (got, following) == ("late", None) and reason.startswith("the job ends at")
+
+
+def late_batch(interrupt):
+    """An iterator whose element comes after the request to stop."""
+    deadline = time.monotonic() + patience(30)
+    while interrupt.reason is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    yield "late"
+
+
+def test_in_a_thread_the_timer_is_cancelled_at_the_end():
+    def body():
+        with Interrupt() as interrupt:
+            interrupt.stop_before(time.time() + 3600, minutes=5)
+            (timer,) = timers()
+        timer.join(patience(30))
+        return timer.is_alive(), interrupt.reason
+
+    assert in_thread(body) == (False, None)
+
+
+def test_the_alarm_is_cancelled_and_the_handler_from_before_restored(interrupt):
+    def mine(*_):
+        raise AssertionError
+
+    for before in (mine, signal.SIG_DFL, signal.SIG_IGN):
+        signal.signal(signal.SIGALRM, before)
+        with interrupt:
+            interrupt.stop_before(time.time() + 3600, minutes=5)
+            interrupt.stop_before(time.time() + 7200, minutes=5)
+            assert signal.getitimer(signal.ITIMER_REAL)[0] > 3600 and signal.getsignal(signal.SIGALRM) is not before
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and signal.getsignal(signal.SIGALRM) is before
+    signal.signal(signal.SIGALRM, mine)
+    with interrupt:
+        interrupt.stop_before(None, minutes=5)
+    assert signal.getsignal(signal.SIGALRM) is mine

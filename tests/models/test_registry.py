@@ -8,6 +8,8 @@ from dsmim.models import create_model, layer_ids, model_names
 def test_unknown_model_names_the_nearest():
     with pytest.raises(ValueError, match="did you mean swinv2_base"):
         create_model("swinv2_bass")
+    with pytest.raises(ValueError, match=r"^model\.name: no model 'foo'\. Known: .*, timm:NAME$"):
+        create_model("foo")
     with pytest.raises(ValueError, match="multiple of 32"):
         create_model("swinv2_nano", img_size=100)
     assert "swinv2_nano" in model_names()

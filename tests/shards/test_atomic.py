@@ -4,15 +4,19 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from dsmim.shards.atomic import partial_file, remove_leftovers, write_atomically
 from dsmim.shards.index import read_index
+from dsmim.shards.locks import locked
 from tests.conftest import dsmim, environment, image_bytes, make_shards
 
 WRITE = """
@@ -96,10 +100,107 @@ def test_files_of_others_stay(tmp_path):
     names = (".a.partial", ".a.tar.123", "a.0123abcd.dsmim-partial", ".a.0123abcd.dsmim-partial.txt")
     for name in names:
         (tmp_path / name).write_text("mine")
-    (tmp_path / ".a.0123abcd.dsmim-partial").write_text("a leftover")
+    with Writer(tmp_path / "a"):
+        pass
+    assert len(list(tmp_path.iterdir())) == len(names) + 1
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     remove_leftovers(tmp_path / "missing")
+
+
+def test_a_partial_file_of_another_host_is_removed_a_day_after_its_last_change(tmp_path, monkeypatch):
+    """Its lock may look free while the writer lives: locks can be local to a node."""
+    here = socket.gethostname()
+    monkeypatch.setattr(socket, "gethostname", lambda: f"not-{here}")
+    with partial_file(tmp_path / "a") as foreign:
+        foreign.write_bytes(b"half of it")
+        foreign.rename(tmp_path / "kept")
+    (tmp_path / "kept").rename(foreign)  # its lock is free now
+    monkeypatch.undo()
+    for age, left in ((0, {foreign}), (86400 - 600, {foreign}), (86400 + 600, set())):
+        os.utime(foreign, (time.time() - age,) * 2)
+        remove_leftovers(tmp_path)
+        assert partials(tmp_path) == left
+
+
+def test_an_old_file_whose_lock_is_held_stays(tmp_path):
+    for host in ("0000", None):  # another host's, seen through shared locks; this host's
+        with Writer(tmp_path / "a") as living:
+            partial = living.partial
+            if host:
+                partial = partial.rename(tmp_path / f".a.{host}abcd.dsmim-partial")
+            os.utime(partial, (0, 0))
+            remove_leftovers(tmp_path)
+            assert partials(tmp_path) == {partial}
+        partial.unlink()
+
+
+def test_a_partial_name_is_24_bytes_longer_and_the_same_digits_stand_for_the_host(tmp_path):
+    name = "a" * (255 - 24)
+    with partial_file(tmp_path / name) as one, partial_file(tmp_path / name) as other:
+        digits = [re.fullmatch(rf"\.{name}\.([0-9a-f]{{8}})\.dsmim-partial", path.name)[1] for path in (one, other)]
+        assert len(os.fsencode(one.name)) == 255
+    assert digits[0] != digits[1] and digits[0][:4] == digits[1][:4]
+
+
+def test_a_name_that_is_taken_is_not_used_again(tmp_path, monkeypatch):
+    """Neither another writer's nor that of a link, whose target must not be written."""
+    tokens = iter(["0001", "0001", "0002", "0003"])
+    monkeypatch.setattr("secrets.token_hex", lambda _: next(tokens))
+    with partial_file(tmp_path / "a") as first:
+        link = first.with_name(first.name.replace("0001.", "0002."))
+        link.symlink_to(tmp_path / "target")
+        with partial_file(tmp_path / "a") as second:
+            assert second.name == first.name.replace("0001.", "0003.")
+    assert list(tmp_path.iterdir()) == [link]
+
+
+def test_links_are_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    for number, target in enumerate(("missing", "mine")):
+        link = tmp_path / f".x.1234567{number}.dsmim-partial"
+        link.symlink_to(tmp_path / target)
+        os.utime(link, (0, 0), follow_symlinks=False)
+        remove_leftovers(tmp_path)
+        assert link.is_symlink() and not (tmp_path / "missing").exists()
+        with pytest.raises(OSError, match="symbolic links"), locked(link):
+            pass
+    assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "missing").exists()
+
+
+def test_a_partial_file_that_was_renamed_before_it_is_opened_is_not_created_again(tmp_path, monkeypatch):
+    """On a file system without locks nothing would remove it."""
+    listed = os.listdir
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    def list_and_rename(folder: Path) -> list[str]:
+        names = listed(folder)
+        killed.partial.rename(tmp_path / "a")
+        return names
+
+    with Writer(tmp_path / "a") as killed:
+        pass
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(os, "listdir", list_and_rename)
+    remove_leftovers(tmp_path)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["ENOLCK", "EOPNOTSUPP", "ENOTSUP", "ENOSYS", "EACCES", "EIO"])
+def test_only_a_file_system_without_locks_is_said_to_have_none(tmp_path, monkeypatch, name):
+    number = getattr(errno, name)
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))) as caught, locked(tmp_path / "lock"):
+        pass
+    assert caught.value.errno == number and caught.value.filename == str(tmp_path / "lock")
+    assert ("has no locks" in str(caught.value)) == (name not in ("EACCES", "EIO"))
 
 
 def test_removing_never_takes_a_file_from_a_writer_at_any_moment(tmp_path):
