@@ -66,7 +66,7 @@ class _Training:
         self.validated: tuple[int, dict[str, float]] | None = None
 
     def run(self) -> bool:
-        """Train to the run's end; what is being saved when an error stops all ranks is still published."""
+        """Train to the end of the run. A checkpoint that is being written when all ranks stop is still published."""
         together = self.runtime.world_size == 1
         try:
             stopped_at = self._train()

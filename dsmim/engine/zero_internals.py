@@ -45,8 +45,8 @@ def release_modules(module: nn.Module) -> None:
 
     own = {id(part) for part in module.modules()}
     FWD_MODULE_STACK[:] = [part for part in FWD_MODULE_STACK if id(part) not in own]
-    method = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
-    for cell in method.__closure__:  # of DeepSpeed's decorator around the cache
+    method = getattr(PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release", None)
+    for cell in getattr(method, "__closure__", None) or ():  # of DeepSpeed's decorator around the cache
         if hasattr(cell.cell_contents, "cache_clear"):
             cell.cell_contents.cache_clear()
 
