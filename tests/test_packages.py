@@ -16,10 +16,10 @@ HOME = Path(package.__file__).parent
 FILES = [file for file in sorted(HOME.rglob("*.py")) if file.relative_to(HOME).parts[0] not in ("slurm", "ds_configs")]
 
 
-def floors() -> list[str]:
-    """docs/architecture.md's packages and root modules, from the roof to the ground. That page alone states them."""
+def layers() -> list[str]:
+    """docs/architecture.md's packages and root modules, from top to bottom. That page alone states them."""
     text = (ROOT / "docs/architecture.md").read_text()
-    block = re.search(r"<!-- floors -->\n```\n(.*?)```", text, re.DOTALL)[1]
+    block = re.search(r"<!-- layers -->\n```\n(.*?)```", text, re.DOTALL)[1]
     return [line.split()[0].removesuffix("/").removesuffix(".py") for line in block.splitlines() if line[:1].strip()]
 
 
@@ -44,13 +44,13 @@ def is_module(name: str) -> bool:
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
-def test_every_package_has_its_floor():
+def test_every_package_has_its_layer():
     there = {file.relative_to(HOME).with_suffix("").parts[0] for file in FILES} - {"__init__"}
-    assert sorted(floors()) == sorted(there)
+    assert sorted(layers()) == sorted(there)
 
 
-def test_no_package_imports_from_a_floor_above_its_own():
-    level = {name: number for number, name in enumerate(reversed(floors()))}
+def test_no_package_imports_from_a_layer_above_its_own():
+    level = {name: number for number, name in enumerate(reversed(layers()))}
     for file in FILES:
         own = file.relative_to(HOME).with_suffix("").parts[0]
         for module in imports(ast.parse(file.read_text())):
