@@ -61,6 +61,12 @@ class Session:
         directory = self.run.directory
         return directory.consumed + (done - directory.step) * self.recipe.batch.global_batch
 
+    def close(self) -> None:
+        """Close the engine and the shards: in a notebook the process outlives the run."""
+        self.engine.close()
+        for data in filter(None, (self.data.train, self.data.validation)):
+            data.reader.close()
+
     def headline(self) -> str:
         """Describe the run in one line."""
         runtime, plan, engine = self.runtime, self.run.plan, self.engine

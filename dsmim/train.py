@@ -81,7 +81,7 @@ class _Training:
             self._close(together)
 
     def _close(self, together: bool) -> None:
-        """Close what the session has opened: in a notebook the process outlives the run.
+        """Close what the session has opened.
 
         together: every rank is here. After an error of one of several ranks the engine might wait for a failed rank,
         and the launcher ends the processes: close the log alone.
@@ -89,9 +89,7 @@ class _Training:
         self.log.close()
         if together:
             end_workers(self.batches)
-            self.engine.close()
-            for data in filter(None, (self.data.train, self.data.validation)):
-                data.reader.close()
+            self.session.close()
 
     def _train(self) -> int | None:
         """Take the steps that are left. Return None at the run's end, or the completed steps when asked to stop."""
