@@ -403,7 +403,7 @@ def test_what_is_no_image(transform, image):
 @pytest.mark.parametrize(
     "image",
     [Image.new("RGB", (5, 0)), Image.new("I;16", (5, 0)), *(torch.zeros(c, 0, 5, dtype=torch.uint8) for c in (1, 3))],
-    ids=str,
+    ids=["PIL RGB", "PIL I;16", "tensor (1, 0, 5)", "tensor (3, 0, 5)"],
 )
 def test_images_without_pixels(transform, image):
     with pytest.raises(ValueError, match=r"at least one pixel high and wide, not 0 × 5 \(height × width\)"):
