@@ -63,7 +63,7 @@ def plan_of(quick: bool):
     from readers_common import GLOBAL_BATCH, Layout
     from readers_measure import Plan
 
-    ranks, workers, others, before, after = (2, 1, [(1, 2), (1, 0)], 3, 4) if quick else (2, 2, [(4, 1), (1, 1)], 5, 10)
+    ranks, workers, others, before, after = (2, 1, [(1, 2)], 2, 2) if quick else (2, 2, [(4, 1), (1, 1)], 5, 10)
     micro = GLOBAL_BATCH // (ranks * workers)
     return Plan(Layout(ranks, workers, micro), [Layout(*other, micro) for other in others], before, after)
 
@@ -123,7 +123,7 @@ def run(cache: Path, quick: bool) -> None:
     """Measure and print everything."""
     from readers_common import make_tars
 
-    samples, rounds, steps = (64, 3, 4) if quick else (384, 9, 10)
+    samples, rounds, steps = (64, 3, 2) if quick else (384, 9, 10)
     readers, plan = installed_readers(), plan_of(quick)
     tars = make_tars(cache, samples)
     context = multiprocessing.get_context("spawn")  # a fresh process each: no library's threads or hooks meet another's
