@@ -143,7 +143,7 @@ def main() -> None:
     from photos import CACHE
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer images, rounds and workers: about a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer images, rounds and workers: about three minutes")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where photographs and tars are kept")
     args = parser.parse_args()
     begin, load = time.perf_counter(), os.getloadavg()[0]
