@@ -103,7 +103,7 @@ def changes_of(state: dict[str, Any], recipe: Recipe, data: str) -> list[str]:
 
 
 def _lock_directory(path: Path) -> TextIO:
-    """Lock RUN/lock until this process ends. The kernel then frees it, also after a kill."""
+    """Lock RUN/lock until the file is closed. The kernel frees it when the process ends, also after a kill."""
     path.mkdir(parents=True, exist_ok=True)
     lock = (path / "lock").open("a+")
     try:
