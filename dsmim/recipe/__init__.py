@@ -1,23 +1,13 @@
-"""The typed description of a run: what a recipe holds (schema, section), and how one is read (reading, errors)."""
+"""The typed description of a run: schema, made of the sections in
+tasks, model, data, training and running (section: their base); and how one is read (reading, errors)."""
 
-from dsmim.recipe.schema import (
-    Augment,
-    Batch,
-    Best,
-    Checkpoint,
-    ClassifyTask,
-    Data,
-    Duration,
-    Engine,
-    Log,
-    Model,
-    Optim,
-    Recipe,
-    Schedule,
-    SimMIMTask,
-    Validation,
-    required,
-)
+from dsmim.recipe.data import Augment, Batch, Data
+from dsmim.recipe.model import Model
+from dsmim.recipe.running import Best, Checkpoint, Log, Validation
+from dsmim.recipe.schema import Recipe, required
+from dsmim.recipe.section import Duration
+from dsmim.recipe.tasks import ClassifyTask, SimMIMTask
+from dsmim.recipe.training import Engine, Optim, Schedule
 
 __all__ = [
     "Augment",

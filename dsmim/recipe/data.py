@@ -1,0 +1,83 @@
+"""The sections of a recipe that say where samples come from and how they are read."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dsmim.recipe.section import Count, Positive, Section, Share
+
+
+class Augment(Section):
+    """What is done to the pixels of an image before normalisation."""
+
+    crop_scale: tuple[Positive, Positive] = (0.67, 1.0)
+    """Area of the random resized crop, as a share of the image."""
+    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    """Width over height of the random resized crop."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    decode: Literal["exact", "scaled"] = "exact"
+    """scaled: decode a JPEG at 1/2, 1/4 or 1/8 (by libjpeg's DCT) if its crop has at least twice the side of the input:
+    faster on large photographs, with slightly different pixels."""
+    hflip: Share = 0.5
+    """Share of images that are flipped left to right."""
+    vflip: Share = 0.0
+    """Share of images that are flipped top to bottom."""
+    rand_augment: Annotated[str, Field(pattern=r"^rand(-[a-z]+[\d.]*)*$")] | None = None
+    """RandAugment, as timm writes it, such as rand-m9-mstd0.5-inc1."""
+    random_erasing: Share = 0.0
+    """Share of images in which a rectangle is replaced by per-pixel noise."""
+    eval_crop_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Evaluation: side of the centre crop over the resized short side."""
+    eval_interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Augment:
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} must go from small to large, got [{low:g}, {high:g}]")
+        if self.crop_scale[1] > 1:
+            raise ValueError(f"crop_scale is a share of the image, at most 1, got {self.crop_scale[1]:g}")
+        return self
+
+
+class Data(Section):
+    """Where samples come from and how they are read."""
+
+    train: str | list[str] | None = None
+    """Training shards: paths, globs, or brace patterns such as train-{000000..000146}.tar; http(s):// and s3:// too."""
+    val: str | list[str] | None = None
+    """Validation shards; null: train without validation."""
+    index_dir: str | None = None
+    """Folder of the shards' indexes, if their own folder is read-only or remote; null: beside each tar."""
+    subset: str | None = None
+    """A list of keys, written by `dsmim shards subset`: train only on these samples of data.train."""
+    cache_dir: str | None = None
+    """Folder on the node that keeps copies of remote shards, shared by the node's ranks and by other runs."""
+    cache_gb: Positive = 100
+    """Size limit of data.cache_dir in 10^9 bytes; the least recently used shards are removed first."""
+    allow_pipe: bool = False
+    """Run the commands of pipe: shards, as webdataset does. They can do everything that you may do."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Decoding processes per rank; this changes the speed, never the data."""
+    shuffle_window: Count = 16
+    """Number of shards whose samples are shuffled together."""
+    repeats: Count = 1
+    """Repeated augmentation: number of times that an epoch shows each sample (arXiv 1901.09335)."""
+    max_undecodable: Share = 0.01
+    """Stop training when more than this share of the images seen cannot be decoded (before the end of the first epoch:
+    of the images of one epoch)."""
+    augment: Augment = Augment()
+
+
+class Batch(Section):
+    """How many samples are computed together."""
+
+    global_batch: Count
+    """Samples per optimizer step, over all ranks."""
+    micro_batch: Count | Literal["auto"] = "auto"
+    """Samples that one rank computes at once; auto: global batch / ranks. Gradient accumulation does the rest."""
+    eval_batch: Count = 64
+    """Samples of one validation batch."""

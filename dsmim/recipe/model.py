@@ -1,0 +1,45 @@
+"""The section of a recipe that describes the network."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from dsmim.recipe.section import Count, Section
+
+
+class Model(Section):
+    """The network and the weights that it starts from."""
+
+    name: str
+    """A name that `dsmim.models.create_model` knows, or timm:NAME for any network of timm (fine-tuning only)."""
+    img_size: Count
+    """Side of the square input in pixels."""
+    window_size: Count | None = None
+    """Swin V2: side of the attention window in tokens (limited to the feature map)."""
+    drop_path_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Stochastic depth. Swin V2 and timm: the rate of the deepest block, growing linearly from 0; DeiT III: of every
+    block."""
+    pretrained_window_sizes: list[int] | None = None
+    """Swin V2, per stage: the window of the pre-training, to which position-bias coordinates are scaled; 0: the
+    present window."""
+    extra_norm_every: Annotated[int, Field(ge=0)] = 0
+    """Swin V2: an extra norm after each n-th block of a stage (arXiv 2111.09883: 6 in the two largest); 0: none."""
+    sequential_stages: Annotated[int, Field(ge=0)] = 0
+    """Swin V2: in this many first stages, attention takes a few windows at a time: less memory at high resolution."""
+    options: dict[str, Any] = {}
+    """timm:NAME: more arguments for timm.create_model, such as {global_pool: avg}."""
+    grad_checkpointing: Annotated[int, Field(ge=0)] = 0
+    """Recompute each n-th block in the backward pass instead of keeping its activations; 1: every block, 0: none."""
+    grad_checkpointing_stages: Count | None = None
+    """Recompute blocks only in this many first stages; null: in all stages."""
+    compile: bool = False
+    """Compile every block by torch.compile: faster steps after minutes of compilation."""
+    weights: str | None = None
+    """Where training starts from: a run directory, one of its checkpoints, a .safetensors file, or a file of
+    torch.save; with the parameter names of dsmim, of timm, or of the authors of Swin V2, SimMIM, DeiT III, MAE or
+    BEiT."""
+    weights_head: str | None = None
+    """What to do with the classifier of the weights; needed if the model has one too: keep, drop (use a new one),
+    imagenet22k or imagenet22k-ms (take the rows of ImageNet-1K's classes), or a file with one row number per class."""

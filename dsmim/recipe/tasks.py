@@ -1,0 +1,41 @@
+"""The sections of a recipe that say what is learned."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dsmim.recipe.section import Count, Section, Share
+
+
+class SimMIMTask(Section):
+    """Masked image modelling (SimMIM, arXiv 2111.09886)."""
+
+    name: Literal["simmim"]
+    mask_ratio: Share = 0.6
+    """Share of the mask patches that are hidden; their number is rounded up, as in the authors' code."""
+    mask_patch: Count = 32
+    """Side of a mask patch in pixels: a multiple of the model's patch size that divides model.img_size."""
+    target_window: Count | None = None
+    """Side in pixels of the sliding window that normalises the target; null: reconstruct plain pixels."""
+
+    @model_validator(mode="after")
+    def _odd_window(self) -> SimMIMTask:
+        if self.target_window is not None and self.target_window % 2 == 0:
+            raise ValueError(f"target_window must be odd so that it has a centre pixel, got {self.target_window}")
+        return self
+
+
+class ClassifyTask(Section):
+    """Supervised classification with cross entropy over soft targets."""
+
+    name: Literal["classify"]
+    num_classes: Annotated[int, Field(ge=2)]
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    """Alpha of the Beta distribution of mixup; 0: no mixup."""
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    """Alpha of the Beta distribution of CutMix; 0: no CutMix."""
+    mix_switch: Share = 0.5
+    """Share of the steps that use CutMix, when both are on."""

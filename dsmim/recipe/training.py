@@ -1,0 +1,72 @@
+"""The sections of a recipe that say how the network is trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dsmim.recipe.section import Count, Duration, Positive, Section, Share
+
+
+class Optim(Section):
+    """The optimizer."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: Positive
+    """Peak learning rate, before optim.lr_scaling."""
+    lr_scaling: Literal["none", "linear"] = "none"
+    """linear: multiply lr, warmup_lr and min_lr by global_batch / lr_base_batch."""
+    lr_base_batch: Count = 512
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    no_decay: list[str] = ["*mask_token", "*logit_scale", "*cpb_mlp*", "*pos_embed", "*cls_token"]
+    """Shell patterns of the names of parameters without weight decay; biases and other 1-D tensors never have any."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor on the learning rate per layer below the head (arXiv 2106.08254)."""
+    clip_grad: Positive | None = 5.0
+    """Largest global gradient norm; null: no clipping."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay per step of a moving average of the weights (4 more bytes per parameter, in shards); null: no average."""
+
+
+class Schedule(Section):
+    """How the learning rate changes, and how long training takes."""
+
+    name: Literal["cosine", "multistep"] = "cosine"
+    duration: Duration
+    warmup: Duration = Duration(steps=0)
+    warmup_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at step 0 of the warm-up."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of the cosine."""
+    milestones: list[Duration] = []
+    """multistep: when the rate is multiplied by gamma."""
+    gamma: Positive = 0.1
+
+    @model_validator(mode="after")
+    def _milestones_fit(self) -> Schedule:
+        if (self.name == "multistep") != bool(self.milestones):
+            raise ValueError("milestones: the multistep schedule needs at least one, other schedules take none")
+        return self
+
+
+class Engine(Section):
+    """How a step is computed, and when a run fails."""
+
+    deepspeed: str = "zero3"
+    """A DeepSpeed JSON file: the name of a shipped one (in ds_configs), or a path."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast on an accelerator, fp32 on CPU."""
+    max_skipped: Annotated[int, Field(ge=0)] = 10
+    """Largest number of steps in a row that may be skipped because their loss or gradient is not finite; one more stops
+    the run."""
+    max_loss_growth: Annotated[float, Field(gt=1)] | None = 3
+    """Stop the run as diverged when the mean loss of its last 20 steps exceeds this multiple of that of its first 20;
+    null: never."""
+    timeout_minutes: Positive = 10
+    """How long a rank waits for another one, before the job ends with an error. It holds until the first step is done,
+    and in validation and saving."""
+    step_timeout_minutes: Positive = 5
+    """The same in training, after the first step."""
