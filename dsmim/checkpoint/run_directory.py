@@ -25,6 +25,8 @@ class RunDirectory:
     state: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """Messages for the user: skipped checkpoints, changes of a forked recipe."""
+    changes: list[str] = field(default_factory=list)
+    """What differs between the checkpoint's recipe and that of a fork, one line per key."""
     lock: TextIO | None = None
 
     def __enter__(self) -> RunDirectory:
@@ -60,9 +62,9 @@ class RunDirectory:
         return self.state.get("validation_due", False)
 
     def same_shards(self, world_size: int, stage: int) -> bool:
-        """Return whether a job of this world size and ZeRO stage can load the checkpoint as it is.
+        """Return whether a job of this world size and ZeRO stage cuts the state into as many parts as the checkpoint's.
 
-        At stage 0 every rank has the whole state, so any world size can.
+        At stage 0 every rank has the whole state, so any world size does.
         """
         return self.state["zero_stage"] == stage and (stage == 0 or self.state["world_size"] == world_size)
 
@@ -85,10 +87,10 @@ class RunDirectory:
             runtime.on_rank_zero(lambda: (self.path / "recipe.yaml").write_text(recipe.to_yaml()))
 
     def _compare(self, recipe: Recipe, data: str, fork: bool) -> None:
-        changes = changes_of(self.state, recipe, data)
-        if changes and not fork:
-            raise changed_error(self.path, changes)
-        self.notes += [f"forked: {change}" for change in changes]
+        self.changes = changes_of(self.state, recipe, data)
+        if self.changes and not fork:
+            raise changed_error(self.path, self.changes)
+        self.notes += [f"forked: {change}" for change in self.changes]
 
 
 def changes_of(state: dict[str, Any], recipe: Recipe, data: str) -> list[str]:

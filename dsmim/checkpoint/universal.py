@@ -23,12 +23,11 @@ from tqdm import tqdm
 
 from dsmim.checkpoint.reading import MANIFEST, check_files
 from dsmim.checkpoint.saving import fresh_folder
-from dsmim.checkpoint.zero_shards import ZeroShards, load_file
+from dsmim.checkpoint.zero_shards import MODEL_FILE, ZeroShards, load_file
 from dsmim.engine.digest import FileEntry, HashingFile, sha256
 from dsmim.engine.runtime import Runtime
 
 UNIVERSAL_FORMAT = 1
-MODEL_FILE = "mp_rank_00_model_states.pt"
 _BAR_EVERY = 10
 """Seconds between two updates of the progress bar: each is a line in a batch job's log."""
 
