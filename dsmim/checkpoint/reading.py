@@ -2,6 +2,7 @@
 
     RUN/checkpoints/step_00012500/   DeepSpeed's shards, state.json (what else the next step depends on),
                                      manifest.json (every file's size and SHA-256, written last)
+    …/validation.json                the validation at its step, where it was measured after the checkpoint was saved
     RUN/checkpoints/latest           the newest one's name, as DeepSpeed's own tools read it
     RUN/checkpoints/universal/       a converted checkpoint, see universal.py
 
@@ -22,6 +23,7 @@ from dsmim.engine.runtime import Runtime
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+VALIDATION = "validation.json"
 STATE_FORMAT = 1
 UNIVERSAL_FOLDER = "universal"
 _NAME = re.compile(r"step_(\d{8,})")
@@ -52,6 +54,16 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if state.get("format") != STATE_FORMAT:
         raise ValueError(f"{checkpoint}: written in format {state.get('format')}, this dsmim reads {STATE_FORMAT}")
     return state
+
+
+def validation_of(checkpoint: Path) -> dict[str, float]:
+    """Return the figures of the validation at a checkpoint's own step; {}: it was not validated, or cannot be read."""
+    try:
+        if figures := read_state(checkpoint).get("validation"):
+            return figures
+        return json.loads((checkpoint / VALIDATION).read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def candidates(folder: Path) -> list[Path]:

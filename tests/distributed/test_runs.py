@@ -185,6 +185,37 @@ def test_damaged_checkpoints_a_held_directory_and_a_fork(tmp_path, shards):
     assert none_left.returncode == 1 and "no checkpoint is valid" in none_left.stderr
 
 
+def test_the_best_validation_is_saved_and_kept(tmp_path, shards):
+    """Although no step of checkpoint.every meets one of validation.every before the end; also when the clock saves."""
+    recipe = write_recipe(tmp_path, shards, validation={"every": {"steps": 2}})
+    best = "checkpoint={every: {steps: 5}, keep: 1, keep_best: {metric: loss, mode: %s}}"
+    train = ("train", recipe, "engine.deepspeed=zero0", "--run-dir")
+    dsmim(*train, tmp_path / "steps", best % "max")
+    dsmim(*train, tmp_path / "clock", best.replace("steps: 5", "minutes: 100") % "min", "checkpoint.background=true")
+    for name, choose in (("steps", max), ("clock", min)):
+        figures = {line["step"]: line["val_loss"] for line in metrics(tmp_path / name) if "val_loss" in line}
+        assert list(figures) == [2, 4, 6]
+        wanted = f"step_{choose(figures, key=figures.get):08d}"
+        assert (tmp_path / name / "checkpoints/best").read_text() == wanted
+        kept = {path.name for path in (tmp_path / name / "checkpoints").glob("step_*")}
+        assert kept == {wanted, "step_00000006"}
+
+
+def test_the_clock_saves_on_all_ranks_at_once(tmp_path, shards):
+    recipe = write_recipe(tmp_path, shards, checkpoint={"every": {"steps": 3}, "keep": 9})
+    two_ranks("-m", "dsmim", "train", recipe, "--run-dir", tmp_path / "steps")
+    clock = ("-m", "dsmim", "train", recipe, "checkpoint={every: {minutes: 1.0e-6}, keep: 9}", "--run-dir")
+    two_ranks(*clock, tmp_path / "clock")
+    kept = sorted(path.name for path in (tmp_path / "clock/checkpoints").glob("step_*"))
+    assert kept == [f"step_{step:08d}" for step in range(1, 7)]
+    assert_same_bytes(*(tmp_path / name / "checkpoints/step_00000006" for name in ("steps", "clock")))
+    for step in (5, 6):
+        shutil.rmtree(tmp_path / f"clock/checkpoints/step_{step:08d}")
+    done = two_ranks(*clock, tmp_path / "clock")
+    assert "resumed from" in done.stderr and "checkpoint step_00000004" not in done.stderr  # it is there already
+    assert_same_bytes(*(tmp_path / name / "checkpoints/step_00000006" for name in ("steps", "clock")))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
