@@ -103,7 +103,8 @@ def _is_converted(out: Path, source: str, runtime: Runtime, say: Callable[[str],
     """Say whether `out` was converted from this very checkpoint and every file is as it was written. Collective."""
     if not runtime.on_rank_zero(lambda: _source_of(out) == source):
         return False
-    faults = [fault for fault in runtime.gather(check_files(out, runtime.rank, runtime.world_size)) if fault]
+    with runtime.all_or_none():
+        faults = [fault for fault in runtime.gather(check_files(out, runtime.rank, runtime.world_size)) if fault]
     if faults:
         say(f"{out} is converted again: {faults[0]}")
     return not faults

@@ -64,7 +64,8 @@ def gated(tmp_path) -> Path:
 def test_stopped_while_waiting_for_data_and_in_validation(tmp_path, gated):
     plain = gated / "plain"
     recipe = write_recipe(
-        tmp_path, plain, validation={"every": {"steps": 2}}, schedule={"duration": {"steps": 4}, "warmup": {"steps": 1}},
+        tmp_path, plain, validation={"every": {"steps": 2}},
+        schedule={"duration": {"steps": 4}, "warmup": {"steps": 1}},
         checkpoint={"every": {"steps": 4}, "keep": 1, "keep_best": {"metric": "loss", "mode": "max"}},
     )  # fmt: skip
     dsmim("train", recipe, "--run-dir", tmp_path / "straight")

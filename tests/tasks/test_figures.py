@@ -33,7 +33,7 @@ def test_the_figures_are_those_of_the_metrics(tmp_path, name):
 )
 def test_keep_best_needs_a_figure_of_the_task(tmp_path, name, metric, message):
     recipe, task = build(tmp_path, name, checkpoint={"keep_best": {"metric": metric, "mode": "max"}})
-    with pytest.raises(ValueError, match="checkpoint.keep_best.metric: ") as raised:
+    with pytest.raises(ValueError, match=r"checkpoint\.keep_best\.metric: ") as raised:
         plan(recipe, task, 53, 1, None)
     assert message in str(raised.value)
 
@@ -41,7 +41,7 @@ def test_keep_best_needs_a_figure_of_the_task(tmp_path, name, metric, message):
 def test_keep_best_needs_a_validation(tmp_path):
     data = {"train": f"{tmp_path}/train-*.tar"}
     recipe, task = build(tmp_path, "simmim", data=data, checkpoint={"keep_best": {"metric": "loss", "mode": "min"}})
-    with pytest.raises(ValueError, match="checkpoint.keep_best: nothing is validated; give data.val"):
+    with pytest.raises(ValueError, match=r"checkpoint\.keep_best: nothing is validated; give data\.val"):
         plan(recipe, task, 53, 1, None)
 
 
