@@ -131,6 +131,7 @@ def build_engine(recipe: Recipe, task: Task, run: Run, runtime: Runtime) -> Engi
     if run.directory.resume_from is not None:
         resume_engine(run.directory, engine, runtime, run.log.say)
         run.log.say(f"resumed from {run.directory.resume_from}")
+    runtime.on_rank_zero(lambda: run.directory.write_recipe(recipe))
     return engine
 
 

@@ -65,13 +65,20 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def validation_of(checkpoint: Path) -> dict[str, float]:
-    """Return the figures of the validation at a checkpoint's own step; {}: it was not validated, or cannot be read."""
+    """Return the figures of the validation at a checkpoint's own step; {}: it was not validated, or is damaged.
+
+    Raises OSError when a file cannot be read, see patiently.
+    """
+    found = [_values(checkpoint / STATE).get("validation"), _values(checkpoint / VALIDATION)]
+    return found[0] or found[1]
+
+
+def _values(path: Path) -> dict[str, Any]:
     try:
-        if figures := read_state(checkpoint).get("validation"):
-            return figures
-        return json.loads((checkpoint / VALIDATION).read_text())
-    except (OSError, ValueError):
+        values = json.loads(patiently(path.read_text))
+    except (FileNotFoundError, ValueError):
         return {}
+    return values if isinstance(values, dict) else {}
 
 
 def candidates(folder: Path) -> list[Path]:

@@ -106,7 +106,11 @@ class RunDirectory:
             elif self.notes:
                 raise _none_valid_error(self.path, self.notes)
             self.notes += runtime.on_rank_zero(lambda: reading.set_aside(self.checkpoints, newer_than=self.step))
-            runtime.on_rank_zero(lambda: (self.path / "recipe.yaml").write_text(recipe.to_yaml()))
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Write RUN/recipe.yaml, for people to read: once the start has succeeded, so that one that fails changes
+        nothing. On rank 0."""
+        (self.path / "recipe.yaml").write_text(recipe.to_yaml())
 
     def _compare(self, recipe: Recipe, identity: dict[str, str], fork: bool) -> None:
         self.changes = changes_of(self.state, recipe, identity)

@@ -95,7 +95,10 @@ class Saver:
 
     def _is_best(self, figure: float | None, wanted: Best) -> bool:
         pending = self._pending.state["validation"] if self._pending is not None else None
-        earlier = [*map(validation_of, candidates(self.folder)), pending or {}]
+        try:
+            earlier = [*map(validation_of, candidates(self.folder)), pending or {}]
+        except OSError:
+            return True  # one checkpoint too many is better than one too few
         others = [figures.get(wanted.metric) for figures in earlier]
         sign = _sign(wanted.mode)
         return _is_number(figure) and all(sign * figure < sign * other for other in others if _is_number(other))
@@ -163,7 +166,11 @@ class Saver:
 
     def _remove_old(self) -> None:
         found, wanted = candidates(self.folder), self.settings.keep_best
-        best = best_of(found, wanted.metric, wanted.mode) if wanted is not None else None
+        try:
+            best = best_of(found, wanted.metric, wanted.mode) if wanted is not None else None
+        except OSError as error:
+            self.say(f"old checkpoints are kept, because it cannot be seen which one is the best: {error}")
+            return
         if best is not None:
             _replace(self.folder / "best", best.name)
         for old in found[self.settings.keep :]:
@@ -174,8 +181,8 @@ class Saver:
 def best_of(checkpoints: list[Path], metric: str, mode: str) -> Path | None:
     """Return the checkpoint with the best metric in the validation at its own step; the oldest of equal ones.
 
-    checkpoints: newest first; mode: "min" or "max". Left out are checkpoints that cannot be read, were not validated,
-    or have a metric that is not finite. None: all are left out.
+    checkpoints: newest first; mode: "min" or "max". Left out are checkpoints that are damaged, were not validated, or
+    have a metric that is not finite. None: all are left out. Raises OSError when a file cannot be read.
     """
     figures = [(path, validation_of(path).get(metric)) for path in checkpoints]
     known = [(path, figure) for path, figure in figures if _is_number(figure)]
