@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dsmim.data.order import accumulation_steps, refit_accumulation
@@ -14,14 +14,16 @@ from dsmim.tasks import Task
 
 @dataclass(frozen=True)
 class Cadence:
-    """When something happens: after each `every` steps (0: never), and always at the end, after `total` steps."""
+    """When something happens: after each `every` steps and each `also` steps (0: never), and always at the end, after
+    `total` steps."""
 
     every: int
     total: int
+    also: int = 0
 
     def __call__(self, done: int) -> bool:
         """Return whether it happens after `done` completed steps."""
-        return done == self.total or (self.every > 0 and done % self.every == 0)
+        return done == self.total or any(length > 0 and done % length == 0 for length in (self.every, self.also))
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,16 @@ def plan(recipe: Recipe, task: Task, epoch_samples: int, world_size: int, state:
         return Cadence(every.in_steps(size, epoch_samples), rate.total)
 
     accumulation = _accumulation(recipe, task, world_size, state)
-    keep_every = recipe.checkpoint.keep_every
+    saving, keeping = recipe.checkpoint.every, recipe.checkpoint.keep_every
+    keep_every = 0 if keeping is None else cadence(keeping).every
     return Plan(
         rate,
         accumulation,
         size // (world_size * accumulation),
         cadence(recipe.validation.every),
-        cadence(recipe.checkpoint.every),
+        replace(cadence(saving), also=keep_every),  # what is to be kept must be saved
         cadence(Duration(steps=recipe.log.every)),
-        cadence(keep_every).every if keep_every is not None else 0,
+        keep_every,
     )
 
 

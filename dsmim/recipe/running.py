@@ -43,7 +43,7 @@ class Checkpoint(Section):
     keep: Count = 2
     """Number of newest checkpoints to keep."""
     keep_every: Duration | None = None
-    """Keep checkpoints at multiples of this length too; null: none."""
+    """Save and keep checkpoints at multiples of this length too; null: none."""
     keep_best: Best | None = None
     """Keep the checkpoint with the best validation too, and save one at each validation that is the best so far; null:
     no."""

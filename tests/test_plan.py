@@ -45,7 +45,16 @@ def test_keep_best_needs_a_validation(tmp_path):
         plan(recipe, task, 53, 1, None)
 
 
-def test_the_clock_saves_at_no_step_but_the_last(tmp_path):
-    recipe, task = build(tmp_path, "simmim", checkpoint={"every": {"minutes": 10}})
+@pytest.mark.parametrize(
+    ("checkpoint", "steps"),
+    [
+        ({"every": {"minutes": 10}}, [6]),
+        ({"every": {"minutes": 10}, "keep_every": {"steps": 2}}, [2, 4, 6]),  # what is to be kept must be saved
+        ({"every": {"steps": 3}, "keep_every": {"steps": 5}}, [3, 5, 6]),
+        ({"every": {"steps": 4}}, [4, 6]),
+    ],
+)
+def test_the_steps_that_save(tmp_path, checkpoint, steps):
+    recipe, task = build(tmp_path, "simmim", checkpoint=checkpoint)
     saving = plan(recipe, task, 53, 1, None).saving
-    assert [step for step in range(1, 7) if saving(step)] == [6]
+    assert [step for step in range(1, 7) if saving(step)] == steps
