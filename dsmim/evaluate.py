@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dsmim.checkpoint import reading, zero_shards
+from dsmim.checkpoint.recorded_paths import find_shards
 from dsmim.data.dataset import EvalDataset
 from dsmim.data.from_recipe import open_reader, validation_shards
 from dsmim.data.loader import eval_loader
@@ -47,8 +48,11 @@ def evaluate(path: Path, overrides: list[str], which: str = "fp32") -> dict[str,
 
 
 def recipe_of(path: Path, overrides: list[str]) -> Recipe:
-    """Return the recipe that a checkpoint was trained with, changed by `key=value` overrides."""
-    return apply_overrides(reading.read_state(path)["recipe"], str(path), overrides)
+    """Return the recipe that a checkpoint was trained with, changed by `key=value` overrides. Its shards are found from
+    another folder than the run's too."""
+    state = reading.read_state(path)
+    recipe = state["recipe"] | {"data": find_shards(state["recipe"]["data"], state)}
+    return apply_overrides(recipe, str(path), overrides)
 
 
 def weights_for(task: Task, found: Path, which: str = "fp32") -> State:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dsmim.data.order import accumulation_steps, refit_accumulation
 from dsmim.engine.schedule import LearningRate, resolve_schedule
 from dsmim.recipe import Duration, Recipe
+from dsmim.recipe.errors import nearest
 from dsmim.tasks import Task
 
 
 @dataclass(frozen=True)
 class Cadence:
-    """When something happens: after each `every` steps (0: never), and always at the end, after `total` steps."""
+    """When something happens: after each `every` steps and each `also` steps (0: never), and always at the end, after
+    `total` steps."""
 
     every: int
     total: int
+    also: int = 0
 
     def __call__(self, done: int) -> bool:
         """Return whether it happens after `done` completed steps."""
-        return done == self.total or (self.every > 0 and done % self.every == 0)
+        return done == self.total or any(length > 0 and done % length == 0 for length in (self.every, self.also))
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Plan:
     """Samples per micro batch."""
     validating: Cadence
     saving: Cadence
+    """Besides what the clock (checkpoint.every.minutes) and checkpoint.keep_best save."""
     logging: Cadence
     keep_every: int
     """Steps between two checkpoints that are always kept; 0: none."""
@@ -43,8 +47,10 @@ def plan(recipe: Recipe, task: Task, epoch_samples: int, world_size: int, state:
     """Return the plan of a session.
 
     epoch_samples: training samples per epoch; state: that of the checkpoint that the run resumes from, None for a new
-    run. Raises ValueError when the ranks cannot share the global batch, or the task refuses the micro batch.
+    run. Raises ValueError when the ranks cannot share the global batch, the task refuses the micro batch, or nothing
+    measures what checkpoint.keep_best compares.
     """
+    _check_best(recipe, task)
     size = recipe.batch.global_batch
     rate = resolve_schedule(recipe.schedule, recipe.optim, size, epoch_samples)
 
@@ -52,16 +58,30 @@ def plan(recipe: Recipe, task: Task, epoch_samples: int, world_size: int, state:
         return Cadence(every.in_steps(size, epoch_samples), rate.total)
 
     accumulation = _accumulation(recipe, task, world_size, state)
-    keep_every = recipe.checkpoint.keep_every
+    saving, keeping = recipe.checkpoint.every, recipe.checkpoint.keep_every
+    keep_every = 0 if keeping is None else cadence(keeping).every
     return Plan(
         rate,
         accumulation,
         size // (world_size * accumulation),
         cadence(recipe.validation.every),
-        cadence(recipe.checkpoint.every),
+        replace(cadence(saving), also=keep_every),  # what is to be kept must be saved
         cadence(Duration(steps=recipe.log.every)),
-        cadence(keep_every).every if keep_every is not None else 0,
+        keep_every,
     )
+
+
+def _check_best(recipe: Recipe, task: Task) -> None:
+    """Check that the validation gives the figure by which checkpoint.keep_best chooses."""
+    best, known = recipe.checkpoint.keep_best, [name for name in task.figures if name != "samples"]
+    if best is not None and recipe.data.val is None:
+        raise ValueError("checkpoint.keep_best: nothing is validated; give data.val, or leave keep_best out")
+    if best is not None and best.metric not in known:
+        hint = nearest(best.metric, known)
+        raise ValueError(
+            f"checkpoint.keep_best.metric: {best.metric!r} is unknown; task {recipe.task.name} measures "
+            f"{', '.join(known)}{hint if 'did you mean' in hint else ''}"
+        )
 
 
 def _accumulation(recipe: Recipe, task: Task, world_size: int, state: dict[str, Any] | None) -> int:

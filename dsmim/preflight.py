@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from dsmim.checkpoint import reading
+from dsmim.checkpoint.recorded_paths import find_recipe_shards
 from dsmim.checkpoint.run_directory import changed_error, changes_of
-from dsmim.data.from_recipe import training_shards, validation_shards
+from dsmim.data.from_recipe import identity, training_shards, validation_shards
 from dsmim.data.order import accumulation_steps, training_order
 from dsmim.engine.ds_config import load_ds_config, owned_keys
 from dsmim.evaluate import recipe_of
 from dsmim.plan import plan
 from dsmim.recipe import Recipe
 from dsmim.recipe.errors import RecipeError
-from dsmim.shards.index import ShardIndex, fingerprint
+from dsmim.shards.index import ShardIndex
 from dsmim.tasks import Task, build_task
 from dsmim.weights.files import PICKLED
 
@@ -43,6 +44,7 @@ def check_training(recipe: Recipe, world_size: int, run_dir: Path, fork: bool) -
     found = Findings()
     newest = next(iter(reading.candidates(run_dir / "checkpoints")), None)
     state = found.check(reading.read_state, newest) if newest else None
+    recipe = find_recipe_shards(recipe, state or {})
     task, shards = found.check(build_task, recipe), found.check(training_shards, recipe.data)
     steps = found.check(_check_steps, recipe, task, shards, world_size, state)
     found.check(_check_deepspeed, recipe, world_size, steps)
@@ -109,8 +111,7 @@ def _check_weights(path: Path) -> None:
 
 
 def _check_same_run(run_dir: Path, state: dict[str, Any], recipe: Recipe, shards: list[ShardIndex] | None) -> None:
-    data = state["data_fingerprint"] if shards is None else fingerprint(shards)
-    if changes := changes_of(state, recipe, data):
+    if changes := changes_of(state, recipe, {} if shards is None else identity(shards)):
         raise changed_error(run_dir, changes)
 
 

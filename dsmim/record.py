@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from dsmim.checkpoint.recorded_paths import STARTED_IN
 from dsmim.checkpoint.saved_layout import PARAMETER_ORDER
 from dsmim.data.order import stream_key
 from dsmim.engine.zero import StepResult
@@ -42,7 +43,8 @@ def checkpoint_state(session: Session, done: int) -> dict[str, Any]:
     """Return what state.json records of a session after `done` completed steps, besides figures of the loop itself."""
     return {
         "samples_consumed": session.consumed(done),
-        "data_fingerprint": session.data.fingerprint,
+        **session.data.identity,
+        STARTED_IN: session.run.directory.started_in,
         "world_size": session.runtime.world_size,
         "zero_stage": session.engine.stage,
         "micro_batch": session.run.plan.micro_batch,

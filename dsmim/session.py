@@ -12,7 +12,7 @@ import torch
 from dsmim.checkpoint.resume import resume_engine
 from dsmim.checkpoint.run_directory import RunDirectory
 from dsmim.data.dataset import EvalDataset, TarDataset
-from dsmim.data.from_recipe import open_reader, training_shards
+from dsmim.data.from_recipe import identity, open_reader, training_shards
 from dsmim.data.order import training_order
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.zero import Engine
@@ -20,7 +20,6 @@ from dsmim.evaluate import open_validation
 from dsmim.log import Log
 from dsmim.plan import Plan, plan
 from dsmim.recipe import Recipe
-from dsmim.shards.index import fingerprint
 from dsmim.tasks import Task, build_task
 from dsmim.weights.files import warm_start
 from dsmim.weights.match import State
@@ -32,8 +31,8 @@ class RunData:
 
     train: TarDataset
     validation: EvalDataset | None
-    fingerprint: str
-    """Identifies the training shards and their samples."""
+    identity: dict[str, str]
+    """What decides the training samples besides the recipe, see dsmim.data.from_recipe."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def open_data(recipe: Recipe, runtime: Runtime) -> tuple[Task, RunData]:
         task = build_task(recipe)
         train = training_data(recipe, task, runtime)
         validation = open_validation(recipe, task, runtime) if recipe.data.val is not None else None
-    return task, RunData(train, validation, fingerprint(train.reader.shards))
+    return task, RunData(train, validation, identity(train.reader.shards))
 
 
 def training_data(recipe: Recipe, task: Task, runtime: Runtime) -> TarDataset:
@@ -108,7 +107,7 @@ def open_run(recipe: Recipe, directory: RunDirectory, task: Task, data: RunData,
     fork: allow a recipe that differs from the one the run was started with.
     """
     with runtime.all_or_none():
-        directory.open(recipe, data.fingerprint, runtime, fork)
+        directory.open(recipe, data.identity, runtime, fork)
         state = directory.state if directory.resume_from else None
         steps = plan(recipe, task, data.train.order.epoch_samples, runtime.world_size, state)
         log = Log(
@@ -132,6 +131,7 @@ def build_engine(recipe: Recipe, task: Task, run: Run, runtime: Runtime) -> Engi
     if run.directory.resume_from is not None:
         resume_engine(run.directory, engine, runtime, run.log.say)
         run.log.say(f"resumed from {run.directory.resume_from}")
+    runtime.on_rank_zero(lambda: run.directory.write_recipe(recipe))
     return engine
 
 

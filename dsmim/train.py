@@ -41,6 +41,7 @@ def fit(recipe: Recipe, run_dir: str | Path, fork: bool = False, interrupt: Inte
     with RunDirectory(Path(run_dir)) as directory, joined(*limits) as runtime, interrupt or Interrupt() as interrupt:
         end = runtime.on_rank_zero(lambda: end_of_job(os.environ))
         interrupt.stop_before(end, recipe.checkpoint.before_end_minutes)
+        recipe = runtime.on_rank_zero(lambda: directory.find_shards(recipe))
         task, data = open_data(recipe, runtime)
         run = open_run(recipe, directory, task, data, runtime, fork)
         engine = build_engine(recipe, task, run, runtime)
@@ -94,8 +95,10 @@ class _Training:
     def _train(self) -> int | None:
         """Take the steps that are left. Return None at the run's end, or the completed steps when asked to stop."""
         first, total = self.directory.step, self.plan.rate.total
-        if self.directory.validation_due and self.data.validation and not self._validate(first):
-            return self._stop(first, validation_due=True)
+        if self.directory.validation_due and self.data.validation:
+            if not self._validate(first):
+                return self._stop(first, validation_due=True)
+            self.saver.add_validation(first, self.validated[1])
         if first >= total:
             self.log.say(f"{self.directory.path}: complete at step {first} of {total}")
             return None
@@ -104,8 +107,13 @@ class _Training:
         self.clock.restart()
         for step in range(first, total):
             micro_batches = self._fetch(step, batches)
-            if self._asked_to_stop():
+            stop, due = self._agree()
+            if stop:
                 return self._stop(step)
+            if due and step > first:
+                self._save(step)
+                self.runtime.phase("training", step)
+                self.clock.restart()
             result = self._step(step, micro_batches)
             done = step + 1
             if step == first:  # it may compile and autotune; validation and saving keep the longer timeout
@@ -114,7 +122,7 @@ class _Training:
                 self._log(done, result)
             if self.plan.validating(done) and self.data.validation and not self._validate(done):
                 return self._stop(done, validation_due=True)
-            if self.plan.saving(done):
+            if self.plan.saving(done) or self._is_best(done):
                 self._save(done)
             if self.plan.logging(done) or self.plan.validating(done) or self.plan.saving(done):
                 self.clock.restart()  # neither validation nor saving counts as training time
@@ -185,12 +193,17 @@ class _Training:
         loop_state = {"watch": self.limits.state(), "validation": measured, "validation_due": validation_due}
         self.saver.save(done, checkpoint_state(self.session, done) | loop_state)
 
-    def _asked_to_stop(self) -> bool:
-        """Return whether any rank is asked to stop; publish the checkpoint that all ranks have written meanwhile."""
-        stop, busy = self.runtime.any(self.interrupt.reason is not None, self.saver.busy)
+    def _is_best(self, done: int) -> bool:
+        """Return whether the run was validated at this step, better than ever before. Collective."""
+        return self.validated is not None and self.validated[0] == done and self.saver.is_best(self.validated[1])
+
+    def _agree(self) -> tuple[bool, bool]:
+        """Return whether any rank is asked to stop, and whether the clock asks for a checkpoint; publish the one that
+        all ranks have written meanwhile."""
+        stop, busy, due = self.runtime.any(self.interrupt.reason is not None, self.saver.busy, self.saver.due)
         if not busy:
             self.saver.finish()
-        return stop
+        return stop, due and not busy
 
     def _stop(self, done: int, validation_due: bool = False) -> int:
         """Save a checkpoint of `done` completed steps, so that the run can resume from there."""

@@ -2,8 +2,9 @@
 
 One layout per ZeRO stage; saved_layout.py says the same of files. What they rely on in DeepSpeed 0.19:
 
-    stage 1, 2  single_partition_of_fp32_groups, one per group; _hp_mapping of a parameter with elements in this rank's
-                partition (runtime/zero/stage_1_and_2.py)
+    stage 1, 2  single_partition_of_fp32_groups, one per group: this rank's partition_size elements of the group's flat
+                tensor, with the parameters round_robin_bit16_groups at round_robin_bit16_offsets
+                (runtime/zero/stage_1_and_2.py; a parameter's _hp_mapping is wrong with round_robin_gradients)
     stage 3     fp32_partitioned_groups_flat, one per sub-group: its parameters (fp16_groups) in a row, each
                 partition_numel() long (runtime/zero/stage3.py)
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dsmim.checkpoint.saved_layout import cut
 from dsmim.engine.zero import Engine
 from dsmim.engine.zero_internals import own_part
 
@@ -66,13 +68,14 @@ def _stage_0(engine: Engine, rank: int) -> Iterator[FlatTensor]:
 def _stage_1_2(engine: Engine, rank: int) -> Iterator[FlatTensor]:
     """Yield this rank's partition of each group's flat tensor."""
     optimizer, names = engine.deepspeed.optimizer, engine.deepspeed.param_names
-    for master, members in zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True):
+    masters, sizes = optimizer.single_partition_of_fp32_groups, optimizer.partition_size
+    groups, offsets = optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets
+    for master, size, members, begins in zip(masters, sizes, groups, offsets, strict=True):
+        assert master.numel() == size
         pieces = []
-        for p in members:
-            if p._hp_mapping is not None:
-                flat, whole = p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address
-                assert flat.numel == whole.numel and flat.start + flat.numel <= master.numel()
-                pieces.append(EnginePiece(names[p], flat.start, whole.start, flat.numel))
+        for p, begin in zip(members, begins, strict=True):
+            own = [(at, numel) for part, at, numel in cut(begin, p.numel(), size) if part == rank]
+            pieces += [EnginePiece(names[p], at, rank * size + at - begin, numel) for at, numel in own]
         yield FlatTensor(master, [names[p] for p in members], pieces)
 
 

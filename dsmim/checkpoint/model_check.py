@@ -1,10 +1,11 @@
-"""The check before a universal checkpoint is loaded: does it hold the same model as the engine?"""
+"""The checks before a checkpoint is converted, and before the result is loaded: does it hold the engine's model?"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from dsmim.checkpoint.zero_shards import ZeroShards
 from dsmim.engine.construct import saved_buffers
 from dsmim.engine.zero import Engine
 from dsmim.engine.zero_internals import group_members, whole_shape
@@ -14,17 +15,38 @@ Shapes = dict[str, list[int]]
 
 TRAINED, FROZEN, BUFFER = "parameter that is trained", "frozen parameter", "buffer"
 MAX_LISTED = 10  # differences that an error names
+_MODEL_KEYS = ("model.", "task.")
 
 
 def check_same_model(universal: Path, manifest: dict[str, Any], engine: Engine) -> None:
-    """Check that the checkpoint has the engine's trained parameters, frozen parameters and buffers, in the same shapes,
-    and no others. Raises ValueError that names up to ten differences."""
-    expected, found = _engine_shapes(engine), _checkpoint_shapes(manifest)
-    different = [line for kind in expected for line in _differences(kind, expected[kind], found[kind])]
-    if different:
-        lines = "".join(f"\n  {line}" for line in different[:MAX_LISTED])
-        more = f"\n  … and {len(different) - MAX_LISTED} more" if len(different) > MAX_LISTED else ""
-        raise ValueError(f"{universal}: is of another model; restore the recipe's model section:{lines}{more}")
+    """Check that a converted checkpoint has the engine's trained parameters, frozen parameters and buffers, in the same
+    shapes, and no others. Raises ValueError that names up to ten differences."""
+    trained = {name: entry["shape"] for name, entry in manifest["parameters"].items()}
+    if different := _differences({TRAINED: trained, FROZEN: manifest["frozen"], BUFFER: manifest["buffers"]}, engine):
+        raise ValueError(f"{universal}: is of another model; restore the recipe's model section:{_listed(different)}")
+
+
+def check_fits(shards: ZeroShards, engine: Engine, run_dir: Path, changes: list[str]) -> None:
+    """Check, before a checkpoint is converted, that its tensors fit the engine's model.
+
+    changes: what differs between the checkpoint's recipe and this one, a line per key. Raises ValueError that names the
+    keys that may have changed the model, and up to ten tensors.
+    """
+    found = {
+        TRAINED: {name: list(shards.shapes[name]) for name in shards.names},
+        FROZEN: {name: list(shards.shapes[name]) for name in shards.frozen},
+        BUFFER: {name: list(value.shape) for name, value in shards.buffers.items()},
+    }
+    if not (different := _differences(found, engine)):
+        return
+    cause, fix = "that this installation builds from the same recipe", "Install the versions the run was started with"
+    if keys := [change for change in changes if change.startswith(_MODEL_KEYS)]:
+        cause, fix = f"of this recipe, in which these keys differ:{_listed(keys)}", "Give these keys their old values"
+    raise ValueError(
+        f"{shards.checkpoint}: its weights do not fit the model {cause}\nTensors that do not fit:{_listed(different)}\n"
+        f"{fix}, or start a new run from these weights: another --run-dir, with model.weights={run_dir} (and "
+        "model.weights_head, where both have a classifier)"
+    )
 
 
 def _engine_shapes(engine: Engine) -> dict[str, Shapes]:
@@ -37,15 +59,17 @@ def _engine_shapes(engine: Engine) -> dict[str, Shapes]:
     }
 
 
-def _checkpoint_shapes(manifest: dict[str, Any]) -> dict[str, Shapes]:
-    return {
-        TRAINED: {name: entry["shape"] for name, entry in manifest["parameters"].items()},
-        FROZEN: manifest["frozen"],
-        BUFFER: manifest["buffers"],
-    }
+def _differences(found: dict[str, Shapes], engine: Engine) -> list[str]:
+    expected = _engine_shapes(engine)
+    return [line for kind in expected for line in _of_kind(kind, expected[kind], found[kind])]
 
 
-def _differences(kind: str, expected: Shapes, found: Shapes) -> list[str]:
+def _listed(different: list[str]) -> str:
+    more = f"\n  … and {len(different) - MAX_LISTED} more" if len(different) > MAX_LISTED else ""
+    return "".join(f"\n  {line}" for line in different[:MAX_LISTED]) + more
+
+
+def _of_kind(kind: str, expected: Shapes, found: Shapes) -> list[str]:
     missing = [f"{name}: the checkpoint has no such {kind}" for name in expected if name not in found]
     extra = [f"{name}: this run's model has no such {kind}" for name in found if name not in expected]
     reshaped = [name for name in expected if name in found and expected[name] != found[name]]

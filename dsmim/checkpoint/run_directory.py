@@ -5,14 +5,21 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from dsmim.checkpoint import reading
+from dsmim.checkpoint.failed_start import Before
+from dsmim.checkpoint.recorded_paths import find_recipe_shards
 from dsmim.engine.runtime import Runtime
 from dsmim.recipe import Recipe
 from dsmim.recipe.reading import differences
+
+IDENTITY = {"data_fingerprint": "data.train: the shards are not those the run was started with"}
+"""Keys of state.json that a resume compares besides the recipe, and what to say if one differs ({old} and {new} are its
+values)."""
 
 
 @dataclass
@@ -25,13 +32,20 @@ class RunDirectory:
     state: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """Messages for the user: skipped checkpoints, changes of a forked recipe."""
+    changes: list[str] = field(default_factory=list)
+    """What differs between the checkpoint's recipe and that of a fork, one line per key."""
+    started_in: str = field(default_factory=lambda: str(Path.cwd()))
+    """This process's folder at the start, in which the recipe's relative paths are."""
     lock: TextIO | None = None
+    _before: Before | None = None
 
     def __enter__(self) -> RunDirectory:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if self.lock is not None:
+            if error is not None:
+                self._before.restore()
             self.lock.close()
 
     @property
@@ -60,52 +74,78 @@ class RunDirectory:
         return self.state.get("validation_due", False)
 
     def same_shards(self, world_size: int, stage: int) -> bool:
-        """Return whether a job of this world size and ZeRO stage can load the checkpoint as it is.
+        """Return whether a job of this world size and ZeRO stage cuts the state into as many parts as the checkpoint's.
 
-        At stage 0 every rank has the whole state, so any world size can.
+        At stage 0 every rank has the whole state, so any world size does.
         """
         return self.state["zero_stage"] == stage and (stage == 0 or self.state["world_size"] == world_size)
 
-    def open(self, recipe: Recipe, data: str, runtime: Runtime, fork: bool) -> None:
+    def find_shards(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with paths that lead to the shards, also when this start is made in another folder than the
+        run's first; see find_shards in recorded_paths.py."""
+        for checkpoint in reading.candidates(self.checkpoints):
+            with suppress(ValueError):
+                return find_recipe_shards(recipe, reading.read_state(checkpoint))
+        return recipe
+
+    def open(self, recipe: Recipe, identity: dict[str, str], runtime: Runtime, fork: bool) -> None:
         """Lock the directory and find the checkpoint to resume from. Collective.
 
-        data: fingerprint of the training shards; fork: accept another recipe or other data than the run was started
+        identity: see IDENTITY; fork: accept another recipe or other data than the run was started
         with. Raises Stopped when another live run holds the directory, when checkpoints exist but none is valid, and
         without fork when the recipe or the data differ.
         """
         with runtime.all_or_none():
-            self.lock = _lock_directory(self.path) if runtime.is_rank_zero else None
+            if runtime.is_rank_zero:
+                self._before = Before.of(self.path)
+                self.lock = _lock_directory(self.path)
             self.resume_from, self.notes = reading.find_valid(self.checkpoints, runtime)
             if self.resume_from is not None:
                 self.state = runtime.on_rank_zero(lambda: reading.read_state(self.resume_from))
-                self._compare(recipe, data, fork)
+                self._compare(recipe, identity, fork)
             elif self.notes:
                 raise _none_valid_error(self.path, self.notes)
-            runtime.on_rank_zero(lambda: reading.set_aside(self.checkpoints, newer_than=self.step))
-            runtime.on_rank_zero(lambda: (self.path / "recipe.yaml").write_text(recipe.to_yaml()))
+            self.notes += runtime.on_rank_zero(lambda: reading.set_aside(self.checkpoints, newer_than=self.step))
 
-    def _compare(self, recipe: Recipe, data: str, fork: bool) -> None:
-        changes = changes_of(self.state, recipe, data)
-        if changes and not fork:
-            raise changed_error(self.path, changes)
-        self.notes += [f"forked: {change}" for change in changes]
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Write RUN/recipe.yaml, for people to read: once the start has succeeded, so that one that fails changes
+        nothing. On rank 0."""
+        (self.path / "recipe.yaml").write_text(recipe.to_yaml())
+
+    def _compare(self, recipe: Recipe, identity: dict[str, str], fork: bool) -> None:
+        self.changes = changes_of(self.state, recipe, identity)
+        if self.changes and not fork:
+            raise changed_error(self.path, self.changes)
+        self.notes += [f"forked: {change}" for change in self.changes]
 
 
-def changes_of(state: dict[str, Any], recipe: Recipe, data: str) -> list[str]:
-    """Return the differences between a checkpoint's run and another recipe and data, one line each.
+def changes_of(state: dict[str, Any], recipe: Recipe, identity: dict[str, str]) -> list[str]:
+    """Return the differences between a checkpoint's run and another recipe and identity (see IDENTITY), one line each.
 
-    state: of the checkpoint; data: fingerprint of the training shards.
+    state: of the checkpoint. What it does not have, because an older dsmim wrote it, is not compared.
     """
     changes = differences(Recipe.model_validate(state["recipe"]), recipe)
-    if state["data_fingerprint"] != data:
-        changes.append("data.train: the shards are not those the run was started with")
-    return changes
+    other = [key for key, value in identity.items() if state.get(key, value) != value]
+    return changes + [IDENTITY[key].format(old=state[key], new=identity[key]) for key in other]
 
 
 def _lock_directory(path: Path) -> TextIO:
     """Lock RUN/lock until the file is closed. The kernel frees it when the process ends, also after a kill."""
     path.mkdir(parents=True, exist_ok=True)
     lock = (path / "lock").open("a+")
+    _acquire(lock, path)
+    if not (path / "lock").exists() or not os.path.samestat(os.fstat(lock.fileno()), (path / "lock").stat()):
+        lock.close()
+        raise ValueError(f"{path}: another start has just failed and removed this directory; start again")
+    os.register_at_fork(after_in_child=lock.close)  # else data workers would keep the lock after this process is killed
+    lock.truncate(0)
+    job = os.environ.get("SLURM_JOB_ID")
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}" + (f", Slurm job {job}" if job else ""))
+    lock.flush()
+    return lock
+
+
+def _acquire(lock: TextIO, path: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -116,12 +156,6 @@ def _lock_directory(path: Path) -> TextIO:
             f"{path / 'lock'}: this file system supports no locks ({error.strerror}); mount it with locks (Lustre: "
             "-o flock) or put the run directory elsewhere"
         ) from None
-    os.register_at_fork(after_in_child=lock.close)  # else data workers would keep the lock after this process is killed
-    lock.truncate(0)
-    job = os.environ.get("SLURM_JOB_ID")
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}" + (f", Slurm job {job}" if job else ""))
-    lock.flush()
-    return lock
 
 
 def changed_error(path: Path, changes: list[str]) -> ValueError:

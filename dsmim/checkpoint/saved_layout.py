@@ -65,17 +65,40 @@ def stage_0_layout(model: dict[str, Any], order: list[str] | None, checkpoint: P
 def stage_1_2_layout(groups: list[dict[str, torch.Size]], ranks: list[dict[str, Any]]) -> SavedLayout:
     """Return the layout of stages 1 and 2: each group is one flat tensor, cut into equal parts, one per rank.
 
-    Every rank's file says which elements its part holds. This is right for any order and padding of parameters
-    (round_robin_gradients, alignment).
+    groups: the parameters of each group in the order of the flat tensor. The files' param_slice_mappings are not used:
+    with round_robin_gradients they follow the order before the parameters were reordered (DeepSpeed 0.19).
     """
     shapes = {name: shape for group in groups for name, shape in group.items()}
-    pieces: dict[str, list[SavedPiece]] = {name: [] for name in shapes}
-    for rank, saved in enumerate(ranks):
-        for group, mapping in enumerate(saved["param_slice_mappings"]):
-            for name, where in mapping.items():
-                pieces[name].append(SavedPiece(rank, group, where.start, where.numel))
+    pieces: dict[str, list[SavedPiece]] = {}
+    gaps, sizes = alignment_gaps(groups, ranks[0]), partition_sizes(ranks[0])
+    for number, (group, after, size) in enumerate(zip(groups, gaps, sizes, strict=True)):
+        begin = 0
+        for (name, shape), gap in zip(group.items(), after, strict=True):
+            parts = cut(begin, shape.numel(), size)
+            pieces[name] = [SavedPiece(rank, number, start, numel) for rank, start, numel in parts]
+            begin += shape.numel() + gap
     masters = [rank["single_partition_of_fp32_groups"] for rank in ranks]
     return SavedLayout(shapes, pieces, masters, [_group_states(rank, len(groups)) for rank in ranks])
+
+
+def alignment_gaps(groups: list[dict[str, torch.Size]], saved: dict[str, Any]) -> list[list[int]]:
+    """Return how many elements of padding follow each parameter of each group in the flat tensors of stage 1 or 2."""
+    return saved.get("param_alignment_paddings") or [[0] * len(group) for group in groups]
+
+
+def partition_sizes(saved: dict[str, Any]) -> list[int]:
+    """Return the length of a rank's part of each group at stage 1 or 2. The file holds it without the padding."""
+    masters = saved["single_partition_of_fp32_groups"]
+    return [master.numel() + padding for master, padding in zip(masters, saved["group_paddings"], strict=True)]
+
+
+def cut(begin: int, numel: int, size: int) -> list[tuple[int, int, int]]:
+    """Return where the elements from `begin` are when a flat tensor is cut into parts of `size`: for each part that has
+    some, its number, the index of the first one in it, and how many."""
+    end = begin + numel
+    parts = range(begin // size, -(-end // size)) if numel else ()
+    starts = [(part, max(begin - part * size, 0)) for part in parts]
+    return [(part, start, min(end - part * size, size) - start) for part, start in starts]
 
 
 def stage_3_layout(groups: list[dict[str, torch.Size]], ranks: list[dict[str, Any]]) -> SavedLayout:

@@ -24,16 +24,18 @@ from dsmim.checkpoint.reading import (
     STATE,
     STATE_FORMAT,
     UNIVERSAL_FOLDER,
+    VALIDATION,
     candidates,
     name_of,
-    read_state,
     step_of,
+    validation_of,
 )
 from dsmim.engine.digest import file_entry
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.zero import Engine
 from dsmim.health.outcome import Stopped
 from dsmim.recipe import Checkpoint
+from dsmim.recipe.running import Best
 
 
 @dataclass
@@ -58,11 +60,19 @@ class Saver:
         self.engine, self.folder, self.runtime, self.say = engine, folder, runtime, say
         self.settings, self.keep_every, self.saved = settings, keep_every, saved
         self._pending: _Pending | None = None
+        self._since = time.monotonic()
 
     @property
     def busy(self) -> bool:
         """Whether this rank is still writing."""
         return self._pending is not None and self.engine.writer.busy
+
+    @property
+    def due(self) -> bool:
+        """Whether checkpoint.every.minutes have passed since the last save, or since this start: on rank 0 only, whose
+        clock decides for all ranks."""
+        minutes = self.settings.every.minutes
+        return minutes is not None and self.runtime.is_rank_zero and time.monotonic() - self._since >= 60 * minutes
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write the checkpoint of `step` completed steps. Collective. Raises Stopped when it cannot be written."""
@@ -71,8 +81,35 @@ class Saver:
             self._begin(step, state, begun)
             if not self.settings.background:
                 self.finish()
-        megabytes, stall = self.engine.writer.bytes / 1e6, time.monotonic() - begun
+        self._since = time.monotonic()
+        megabytes, stall = self.engine.writer.bytes / 1e6, self._since - begun
         self.say(f"checkpoint {name_of(step)}: {megabytes:.1f} MB of this rank, training stalled {stall:.2f} s")
+
+    def is_best(self, figures: dict[str, float]) -> bool:
+        """Return whether a validation is better than any before, so that checkpoint.keep_best needs its checkpoint.
+        Collective."""
+        wanted = self.settings.keep_best
+        if wanted is None:
+            return False
+        return self.runtime.on_rank_zero(lambda: self._is_best(figures.get(wanted.metric), wanted))
+
+    def _is_best(self, figure: float | None, wanted: Best) -> bool:
+        pending = self._pending.state["validation"] if self._pending is not None else None
+        try:
+            earlier = [*map(validation_of, candidates(self.folder)), pending or {}]
+        except OSError:
+            return True  # one checkpoint too many is better than one too few
+        others = [figures.get(wanted.metric) for figures in earlier]
+        sign = _sign(wanted.mode)
+        return _is_number(figure) and all(sign * figure < sign * other for other in others if _is_number(other))
+
+    def add_validation(self, step: int, figures: dict[str, float]) -> None:
+        """Record the validation of a finished checkpoint that was saved before it was measured. Collective."""
+        self.runtime.on_rank_zero(lambda: self._add_validation(step, figures))
+
+    def _add_validation(self, step: int, figures: dict[str, float]) -> None:
+        _replace(self.folder / name_of(step) / VALIDATION, json.dumps(figures) + "\n")
+        self._remove_old()
 
     def _begin(self, step: int, state: dict[str, Any], begun: float) -> None:
         """Give this rank's files to the writer, after the checkpoint before is finished."""
@@ -96,7 +133,7 @@ class Saver:
         with self.runtime.long_timeout():
             self._publish_when_written(pending)
             self.saved = pending.step
-            self.runtime.on_rank_zero(self._remove_old)
+            self.runtime.on_rank_zero(self._clean_up)
         if self.settings.background:
             self.say(f"checkpoint {name_of(pending.step)}: on disk after {time.monotonic() - pending.begun:.1f} s")
 
@@ -120,15 +157,22 @@ class Saver:
             shutil.rmtree(final)
         pending.partial.rename(final)
         _fsync(self.folder)
-        _point(self.folder / "latest", final.name)
+        _replace(self.folder / "latest", final.name)
+
+    def _clean_up(self) -> None:
+        """Remove the converted checkpoint, which is loaded by now, and those that the recipe does not keep."""
+        shutil.rmtree(self.folder / UNIVERSAL_FOLDER, ignore_errors=True)
+        self._remove_old()
 
     def _remove_old(self) -> None:
-        """Remove the checkpoints that the recipe does not keep, and the converted one, which is loaded by now."""
-        shutil.rmtree(self.folder / UNIVERSAL_FOLDER, ignore_errors=True)
         found, wanted = candidates(self.folder), self.settings.keep_best
-        best = best_of(found, wanted.metric, wanted.mode) if wanted is not None else None
+        try:
+            best = best_of(found, wanted.metric, wanted.mode) if wanted is not None else None
+        except OSError as error:
+            self.say(f"old checkpoints are kept, because it cannot be seen which one is the best: {error}")
+            return
         if best is not None:
-            _point(self.folder / "best", best.name)
+            _replace(self.folder / "best", best.name)
         for old in found[self.settings.keep :]:
             if old != best and not (self.keep_every and step_of(old) % self.keep_every == 0):
                 _remove(old)
@@ -137,20 +181,20 @@ class Saver:
 def best_of(checkpoints: list[Path], metric: str, mode: str) -> Path | None:
     """Return the checkpoint with the best metric in the validation at its own step; the oldest of equal ones.
 
-    checkpoints: newest first; mode: "min" or "max". Left out are checkpoints that cannot be read, were not validated,
-    or have a metric that is not finite. None: all are left out.
+    checkpoints: newest first; mode: "min" or "max". Left out are checkpoints that are damaged, were not validated, or
+    have a metric that is not finite. None: all are left out. Raises OSError when a file cannot be read.
     """
-    figures = [(path, _figure(path, metric)) for path in checkpoints]
-    known = [(path, figure) for path, figure in figures if figure is not None and math.isfinite(figure)]
-    sign = 1 if mode == "min" else -1
-    return min(reversed(known), key=lambda pair: sign * pair[1])[0] if known else None
+    figures = [(path, validation_of(path).get(metric)) for path in checkpoints]
+    known = [(path, figure) for path, figure in figures if _is_number(figure)]
+    return min(reversed(known), key=lambda pair: _sign(mode) * pair[1])[0] if known else None
 
 
-def _figure(checkpoint: Path, metric: str) -> float | None:
-    try:
-        return (read_state(checkpoint).get("validation") or {}).get(metric)
-    except ValueError:
-        return None
+def _is_number(figure: float | None) -> bool:
+    return figure is not None and math.isfinite(figure)
+
+
+def _sign(mode: str) -> int:
+    return 1 if mode == "min" else -1
 
 
 def _not_written(partial: Path, error: Stopped) -> Stopped:
@@ -175,11 +219,11 @@ def fresh_folder(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def _point(pointer: Path, name: str) -> None:
-    """Let `latest` or `best` name another checkpoint, in one atomic step."""
-    _write_text(partial := pointer.with_name(f"{pointer.name}.partial"), name)
-    partial.replace(pointer)
-    _fsync(pointer.parent)
+def _replace(path: Path, text: str) -> None:
+    """Write a small file, such as `latest`, in one atomic step."""
+    _write_text(partial := path.with_name(f"{path.name}.partial"), text)
+    partial.replace(path)
+    _fsync(path.parent)
 
 
 def _write_text(path: Path, text: str) -> None:

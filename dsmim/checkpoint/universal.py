@@ -23,12 +23,11 @@ from tqdm import tqdm
 
 from dsmim.checkpoint.reading import MANIFEST, check_files
 from dsmim.checkpoint.saving import fresh_folder
-from dsmim.checkpoint.zero_shards import ZeroShards, load_file
+from dsmim.checkpoint.zero_shards import MODEL_FILE, ZeroShards, load_file
 from dsmim.engine.digest import FileEntry, HashingFile, sha256
 from dsmim.engine.runtime import Runtime
 
 UNIVERSAL_FORMAT = 1
-MODEL_FILE = "mp_rank_00_model_states.pt"
 _BAR_EVERY = 10
 """Seconds between two updates of the progress bar: each is a line in a batch job's log."""
 
@@ -104,7 +103,8 @@ def _is_converted(out: Path, source: str, runtime: Runtime, say: Callable[[str],
     """Say whether `out` was converted from this very checkpoint and every file is as it was written. Collective."""
     if not runtime.on_rank_zero(lambda: _source_of(out) == source):
         return False
-    faults = [fault for fault in runtime.gather(check_files(out, runtime.rank, runtime.world_size)) if fault]
+    with runtime.all_or_none():
+        faults = [fault for fault in runtime.gather(check_files(out, runtime.rank, runtime.world_size)) if fault]
     if faults:
         say(f"{out} is converted again: {faults[0]}")
     return not faults

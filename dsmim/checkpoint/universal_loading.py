@@ -62,7 +62,8 @@ def _check_not_on_nvme(engine: Engine) -> None:
     if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
         raise ValueError(
             "engine.deepspeed: with weights or optimizer offloaded to NVMe a run can resume only with the number of "
-            "ranks and the ZeRO stage of its checkpoint; start it so, or use a file without NVMe"
+            "ranks, the ZeRO stage and the parameter groups (optim.no_decay, optim.layer_decay) of its checkpoint; "
+            "start it so, or use a file without NVMe"
         )
 
 

@@ -30,9 +30,12 @@ from dsmim.checkpoint.saved_layout import (
     torch_optimizer_state,
 )
 
+MODEL_FILE, OPTIMIZER_FILE = "mp_rank_00_model_states.pt", "mp_rank_00_optim_states.pt"
+"""Names of DeepSpeed's files; those that each rank has begin with zero_pp_rank_R_."""
+
 _ORDER_UNKNOWN = (
     f"state.json does not say which moments belong to which parameter (it has no {PARAMETER_ORDER}: an older dsmim "
-    "wrote it); resume at ZeRO stage 0, with any number of ranks, and save once"
+    "wrote it); resume at ZeRO stage 0 with the recipe that it was saved with, on any number of ranks, and save once"
 )
 
 
@@ -47,7 +50,7 @@ class ZeroShards:
         optimizers = _by_rank(checkpoint, "optim_states")
         self._optimizers = [load_file(path)["optimizer_state_dict"] for path in optimizers]
         self.stage = int(self._optimizers[0]["zero_stage"]) if optimizers else 0
-        self._model_files = [checkpoint / "mp_rank_00_model_states.pt"]
+        self._model_files = [checkpoint / MODEL_FILE]
         if self.stage == 3:
             self._model_files = _by_rank(checkpoint, "model_states")
         self._check_complete()

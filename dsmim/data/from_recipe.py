@@ -7,7 +7,7 @@ from pathlib import Path
 from dsmim.data.reader import ShardReader
 from dsmim.recipe import Data, required
 from dsmim.shards.cache import ShardCache
-from dsmim.shards.index import ShardIndex
+from dsmim.shards.index import ShardIndex, fingerprint
 from dsmim.shards.opening import open_shards
 from dsmim.shards.remote import is_remote
 
@@ -23,6 +23,14 @@ def training_shards(data: Data) -> list[ShardIndex]:
 def validation_shards(data: Data) -> list[ShardIndex]:
     """Open the indexes of data.val. Raises ValueError when one is missing."""
     return open_shards(required(data.val, "data.val"), data.index_dir, "data.val", allow_pipe=data.allow_pipe)
+
+
+def identity(shards: list[ShardIndex]) -> dict[str, str]:
+    """Return what decides a run's pixels besides its recipe.
+
+    state.json holds it, and a resume compares it: see IDENTITY in checkpoint/run_directory.py.
+    """
+    return {"data_fingerprint": fingerprint(shards)}
 
 
 def open_reader(data: Data, shards: list[ShardIndex], window: int) -> ShardReader:

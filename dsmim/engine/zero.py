@@ -111,7 +111,8 @@ class Engine:
         self.deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
 
     def load_checkpoint(self, checkpoint: Path) -> None:
-        """Load a checkpoint of the same world size and stage. Collective. Raises ValueError when it does not fit.
+        """Load a checkpoint whose files hold every tensor where this engine has it (checkpoint/places.py checks this:
+        DeepSpeed compares no names). Collective. Raises ValueError when DeepSpeed finds no files.
 
         DeepSpeed also takes the settings of the groups from the checkpoint. The recipe's own are put back: they differ
         when a forked run changed them.
@@ -121,10 +122,6 @@ class Engine:
         path, _ = self.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         if path is None:
             raise ValueError(f"{checkpoint}: DeepSpeed found nothing to load; restore its files")
-        if len(self.deepspeed.optimizer.param_groups) != len(settings):
-            raise ValueError(
-                f"{checkpoint}: has other parameter groups; give optim.layer_decay and optim.no_decay their old values"
-            )
         for group, own in zip(self.deepspeed.optimizer.param_groups, settings, strict=True):
             group.update(own)
         self.finish_loading()

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dsmim.recipe.section import Count, Duration, Section, Share
+from dsmim.recipe.section import Count, Duration, Positive, Section, Share
 
 
 class Validation(Section):
@@ -24,17 +24,29 @@ class Best(Section):
     mode: Literal["min", "max"]
 
 
+class SaveEvery(Duration):
+    """The time between two checkpoints: a length of training, or minutes by the clock."""
+
+    minutes: Positive | None = None
+    """Minutes since the last checkpoint, or since this start of the run, by rank 0's clock."""
+
+    def in_steps(self, global_batch: int, epoch_samples: int) -> int:
+        """Return the number of optimizer steps, as Duration does; 0 when the clock decides."""
+        return 0 if self.minutes is not None else super().in_steps(global_batch, epoch_samples)
+
+
 class Checkpoint(Section):
     """When checkpoints are written, and which are kept."""
 
-    every: Duration = Duration(epochs=1)
+    every: SaveEvery = SaveEvery(epochs=1)
     """How often a checkpoint is written. One is always written at the end too."""
     keep: Count = 2
     """Number of newest checkpoints to keep."""
     keep_every: Duration | None = None
-    """Keep checkpoints at multiples of this length too; null: none."""
+    """Save and keep checkpoints at multiples of this length too; null: none."""
     keep_best: Best | None = None
-    """Keep the checkpoint with the best validation at its own step too; null: none."""
+    """Keep the checkpoint with the best validation too, and save one at each validation that is the best so far; null:
+    no."""
     background: bool = False
     """Copy the state to host memory, and continue training while the copy is written: a shorter stall, but host memory
     for a rank's shard."""

@@ -19,7 +19,7 @@ class Section(BaseModel):
 
 
 class Duration(Section):
-    """A length of training, in exactly one of three units."""
+    """A length of training, in exactly one of the units."""
 
     steps: Annotated[int, Field(ge=0)] | None = None
     """Optimizer steps."""
@@ -30,8 +30,9 @@ class Duration(Section):
 
     @model_validator(mode="after")
     def _one_unit(self) -> Duration:
-        if sum(v is not None for v in (self.steps, self.epochs, self.samples)) != 1:
-            raise ValueError("give exactly one of steps, epochs, samples")
+        units = list(type(self).model_fields)
+        if sum(getattr(self, unit) is not None for unit in units) != 1:
+            raise ValueError(f"give exactly one of {', '.join(units)}")
         return self
 
     def in_steps(self, global_batch: int, epoch_samples: int) -> int:

@@ -32,6 +32,8 @@ class Task(ABC):
     """Its parameters take no memory before `fill`."""
     layers: dict[str, int]
     """Parameter name → layer id, for layer-wise learning-rate decay."""
+    figures: tuple[str, ...]
+    """Names of what `metrics` returns."""
     classes: int | None = None
     """Number of classes that the samples' labels count; None: samples need no label."""
     train_sample: Callable[[Buffer, int | None], Batch]

@@ -24,6 +24,8 @@ class _LabelledSample:
 class Classify(Task):
     """Classification with cross entropy over soft targets: label smoothing, mixup, CutMix."""
 
+    figures = ("loss", "accuracy", "samples")
+
     def __init__(self, recipe: Recipe):
         self.settings, self.seed = recipe.task, recipe.seed
         self.classes = recipe.task.num_classes

@@ -69,13 +69,13 @@ def target(world: int, stage: str) -> tuple[int, str]:
     return (world + number % 3) % 4 + 1, STAGES[(number + 1) % 4]
 
 
-def recipe(out: Path, stage: str):
+def recipe(out: Path, stage: str, **optim):
     tree = {
         "name": "elastic",
         "task": {"name": "simmim"},
         "model": {"name": "swinv2_nano", "img_size": 32, "window_size": 4},
         "batch": {"global_batch": BATCH},
-        "optim": {"lr": 1e-2, "layer_decay": 0.5, "clip_grad": 0.5, "ema_decay": 0.9},
+        "optim": {"lr": 1e-2, "layer_decay": 0.5, "clip_grad": 0.5, "ema_decay": 0.9} | optim,
         "schedule": {"duration": {"steps": STEPS}, "warmup": {"steps": 2}},
         "engine": {"deepspeed": str(out / f"zero{stage}.json"), "precision": "fp32"},
     }
@@ -102,8 +102,8 @@ class Odd(nn.Module):
         return (self.last(hidden) * self.scale - inputs).square().mean()
 
 
-def build(out: Path, runtime: Runtime, stage: str, seed: int, model: nn.Module | None = None) -> Engine:
-    settings, model = recipe(out, stage), model or Odd(seed)
+def build(out: Path, runtime: Runtime, stage: str, seed: int, model: nn.Module | None = None, **optim: Any) -> Engine:
+    settings, model = recipe(out, stage, **optim), model or Odd(seed)
     layers = {name: ("first", "scale", "idle", "middle", "fixed", "last").index(name.split(".")[0]) for name, _ in
               model.named_parameters()}  # fmt: skip
     rate = resolve_schedule(settings.schedule, settings.optim, BATCH, 1000)

@@ -13,7 +13,8 @@ from dsmim.checkpoint import zero_shards
 from dsmim.checkpoint.reading import locate
 from dsmim.cluster.placement import free_port
 from dsmim.health import replay
-from tests.conftest import ROOT, dsmim, environment, patience, run, tiny_recipe, two_ranks
+from dsmim.library import load
+from tests.conftest import ROOT, dsmim, environment, make_shards, patience, run, tiny_recipe, two_ranks
 from tests.distributed.runs import (
     assert_same_bytes,
     kill_after_checkpoint,
@@ -185,6 +186,37 @@ def test_damaged_checkpoints_a_held_directory_and_a_fork(tmp_path, shards):
     assert none_left.returncode == 1 and "no checkpoint is valid" in none_left.stderr
 
 
+def test_the_best_validation_is_saved_and_kept(tmp_path, shards):
+    """Although no step of checkpoint.every meets one of validation.every before the end; also when the clock saves."""
+    recipe = write_recipe(tmp_path, shards, validation={"every": {"steps": 2}})
+    best = "checkpoint={every: {steps: 5}, keep: 1, keep_best: {metric: loss, mode: %s}}"
+    train = ("train", recipe, "engine.deepspeed=zero0", "--run-dir")
+    dsmim(*train, tmp_path / "steps", best % "max")
+    dsmim(*train, tmp_path / "clock", best.replace("steps: 5", "minutes: 100") % "min", "checkpoint.background=true")
+    for name, choose in (("steps", max), ("clock", min)):
+        figures = {line["step"]: line["val_loss"] for line in metrics(tmp_path / name) if "val_loss" in line}
+        assert list(figures) == [2, 4, 6]
+        wanted = f"step_{choose(figures, key=figures.get):08d}"
+        assert (tmp_path / name / "checkpoints/best").read_text() == wanted
+        kept = {path.name for path in (tmp_path / name / "checkpoints").glob("step_*")}
+        assert kept == {wanted, "step_00000006"}
+
+
+def test_the_clock_saves_on_all_ranks_at_once(tmp_path, shards):
+    recipe = write_recipe(tmp_path, shards, checkpoint={"every": {"steps": 3}, "keep": 9})
+    two_ranks("-m", "dsmim", "train", recipe, "--run-dir", tmp_path / "steps")
+    clock = ("-m", "dsmim", "train", recipe, "checkpoint={every: {minutes: 1.0e-6}, keep: 9}", "--run-dir")
+    two_ranks(*clock, tmp_path / "clock")
+    kept = sorted(path.name for path in (tmp_path / "clock/checkpoints").glob("step_*"))
+    assert kept == [f"step_{step:08d}" for step in range(1, 7)]
+    assert_same_bytes(*(tmp_path / name / "checkpoints/step_00000006" for name in ("steps", "clock")))
+    for step in (5, 6):
+        shutil.rmtree(tmp_path / f"clock/checkpoints/step_{step:08d}")
+    done = two_ranks(*clock, tmp_path / "clock")
+    assert "resumed from" in done.stderr and "checkpoint step_00000004" not in done.stderr  # it is there already
+    assert_same_bytes(*(tmp_path / name / "checkpoints/step_00000006" for name in ("steps", "clock")))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -200,6 +232,60 @@ def test_errors_common_to_all_ranks_are_told_once(tmp_path, shards, override, me
     assert done.returncode != 0
     assert done.stderr.count(message) == 1, done.stderr
     assert "dsmim: error:" in done.stderr and 'File "' not in done.stderr.split("dsmim: error:")[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failed_start_leaves_what_was_there(tmp_path, shards):
+    recipe = write_recipe(tmp_path, shards)
+    (run_dir := tmp_path / "run").mkdir()
+    (run_dir / "notes.txt").write_text("mine")
+    for folder in (run_dir, tmp_path / "new/run"):
+        failed = dsmim("train", recipe, "--run-dir", folder, "engine.deepspeed=zero4", check=False)
+        assert failed.returncode == 1 and "engine.deepspeed: no file 'zero4'" in failed.stderr
+    assert [path.name for path in run_dir.iterdir()] == ["notes.txt"] and not (tmp_path / "new").exists()
+    dsmim("train", recipe, "--run-dir", run_dir, "schedule.duration.steps=2", "engine.deepspeed=zero0")
+    files = sorted(run_dir.rglob("*"))
+    again = ("train", recipe, "--run-dir", run_dir, "schedule.duration.steps=3")
+    assert dsmim(*again, check=False).returncode == 1
+    assert dsmim(*again, "--fork", "engine.deepspeed=zero4", check=False).returncode == 1
+    assert sorted(run_dir.rglob("*")) == files
+
+
+def test_relative_shards_are_found_from_another_folder(tmp_path, shards, monkeypatch):
+    here, there, run_dir = tmp_path / "here", tmp_path / "there", tmp_path / "run"
+    there.mkdir()
+    shutil.copytree(shards, here / "data")
+    recipe = write_recipe(tmp_path, Path("data"))
+    words = ("train", recipe, "--run-dir", run_dir, "engine.deepspeed=zero0")
+    dsmim(*words, "schedule.duration.steps=2", cwd=here)
+    measured = [json.loads(dsmim("evaluate", run_dir, cwd=folder).stdout) for folder in (here, there)]
+    assert measured[0]["loss"] == measured[1]["loss"]
+    assert [figures["data"] for figures in measured] == ["data/val-*.tar", f"{here}/data/val-*.tar"]
+    monkeypatch.chdir(there)
+    assert load(run_dir).recipe.data.train == f"{here}/data/train-*.tar"
+    resumed = dsmim(*words, "--fork", cwd=there)
+    assert "resumed from" in resumed.stderr and "step 6/6" in resumed.stderr
+    assert json.loads(dsmim("evaluate", run_dir, cwd=tmp_path).stdout)["samples"] == 13
+    make_shards(there / "data", [4], name="val")  # what is found here counts
+    assert json.loads(dsmim("evaluate", run_dir, "data.val=data/val-*.tar", cwd=there).stdout)["samples"] == 4
+    shutil.rmtree(here)
+    for command in (("evaluate", run_dir), words):
+        failed = dsmim(*command, cwd=tmp_path, check=False)
+        assert failed.returncode == 1 and f"no shards match '{here}/data/" in failed.stderr
+        assert failed.stderr.count("error") == 1
+
+
+def test_a_fork_that_changes_the_model_is_refused_by_key(finished, tmp_path):
+    recipe, run_dir = finished
+    changed = two_ranks(
+        "-m", "dsmim", "train", recipe, "--run-dir", run_dir, "--fork", "task.num_classes=5", "optim.no_decay=[]",
+        check=False,
+    )  # fmt: skip
+    assert "step_00000006: its weights do not fit the model" in changed.stderr
+    keys, tensors = "  task.num_classes: 3 → 5", "  head.fc.weight: has shape [3, 256], here [5, 256]"
+    assert f"{keys}\nTensors that do not fit:\n{tensors}" in changed.stderr
+    assert changed.stderr.count("do not fit the model") == 1 and "Traceback" not in changed.stderr
+    assert "num_classes: 3\n" in (run_dir / "recipe.yaml").read_text()  # a fork that fails changes nothing
 
 
 def test_undecodable_images_are_named_counted_and_limited(tmp_path):

@@ -64,8 +64,9 @@ def gated(tmp_path) -> Path:
 def test_stopped_while_waiting_for_data_and_in_validation(tmp_path, gated):
     plain = gated / "plain"
     recipe = write_recipe(
-        tmp_path, plain, validation={"every": {"steps": 2}}, checkpoint={"every": {"steps": 4}},
+        tmp_path, plain, validation={"every": {"steps": 2}},
         schedule={"duration": {"steps": 4}, "warmup": {"steps": 1}},
+        checkpoint={"every": {"steps": 4}, "keep": 1, "keep_best": {"metric": "loss", "mode": "max"}},
     )  # fmt: skip
     dsmim("train", recipe, "--run-dir", tmp_path / "straight")
     indexes, piped = tmp_path / "indexes", []
@@ -88,3 +89,7 @@ def test_stopped_while_waiting_for_data_and_in_validation(tmp_path, gated):
         assert leave(processes, 100) == [0]
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "stopped")
     assert [line["step"] for line in metrics(tmp_path / "stopped")] == [1, 2, 2, 3, 4, 4]
+    for run in ("straight", "stopped"):  # the one of the interrupted validation is a candidate too
+        kept = sorted(path.name for path in (tmp_path / run / "checkpoints").glob("step_*"))
+        assert kept == ["step_00000002", "step_00000004"]
+        assert (tmp_path / run / "checkpoints/best").read_text() == "step_00000002"

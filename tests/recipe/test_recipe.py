@@ -64,6 +64,8 @@ def test_all_problems_at_once_with_the_nearest_key(tmp_path):
     ("path", "value", "message"),
     [
         (("schedule", "duration"), {"steps": 5, "epochs": 1}, "schedule.duration: give exactly one of"),
+        (("checkpoint", "every"), {"steps": 5, "minutes": 1}, "give exactly one of steps, epochs, samples, minutes"),
+        (("checkpoint", "keep_every"), {"minutes": 1}, "checkpoint.keep_every.minutes: unknown key"),
         (("task", "target_window"), 46, "must be odd"),
         (("task", "mask_patch"), 24, "does not divide model.img_size 32"),
         (("task", "name"), "simim", "task.name: 'simim' is unknown; did you mean simmim?"),
