@@ -95,6 +95,7 @@ def _site_lines(profile: Profile, slots: list[str], template: str) -> list[str]:
     lines = [f"module load {' '.join(profile.modules)}"] if profile.modules else []
     lines += profile.setup
     lines += [f"export {name}={shlex.quote(value)}" for name, value in profile.env.items()]
+    lines += [f"export DSMIM_RESTARTS={profile.restarts}"] if profile.restarts is not None else []
     lines += [f"container=({profile.container or ''})"] if "container" in slots else []
     lines += [f"srun_options=({shlex.join(profile.srun)})"] if "srun_options" in slots else []
     return lines

@@ -14,6 +14,8 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
+from dsmim.health.ctrl_c import watch_ctrl_c
+
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
 
@@ -38,9 +40,16 @@ class Interrupt:
         self._timers.close()
 
     def listen(self) -> None:
-        """Treat SIGUSR1, SIGUSR2 and SIGTERM as requests to stop. Only the first counts. Call it in the main thread."""
+        """Treat SIGUSR1, SIGUSR2, SIGTERM and SIGINT as requests to stop. Only the first counts, but a second Ctrl-C
+        ends the process. For a process that does nothing but train; call it in the main thread.
+
+        A SIGINT that is ignored stays so: shells start background commands (`nohup`, `&`) in this way.
+        """
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._on_signal)
+            watch_ctrl_c()
 
     def stop_before(self, end: float | None, minutes: float) -> None:
         """Ask to stop `minutes` before `end`, by a timer, which also wakes a rank that waits for data.
@@ -90,7 +99,7 @@ class Interrupt:
             self._waiting = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._request(signal.Signals(number).name)
+        self._request("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 
     def _note(self, reason: str) -> bool:
         """Set the reason if there is none, and return whether there was none."""
