@@ -82,7 +82,7 @@ class RunDirectory:
             elif self.notes:
                 raise _none_valid_error(self.path, self.notes)
             runtime.on_rank_zero(lambda: reading.set_aside(self.checkpoints, newer_than=self.step))
-            runtime.on_rank_zero(lambda: (self.path / "recipe.yaml").write_text(recipe.to_yaml()))
+            runtime.on_rank_zero(lambda: (self.path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8"))
 
     def _compare(self, recipe: Recipe, data: str, fork: bool) -> None:
         changes = changes_of(self.state, recipe, data)

@@ -83,7 +83,7 @@ def load_profile(source: str | None) -> Profile:
         return Profile()
     path = _locate(source)
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"profile {path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):

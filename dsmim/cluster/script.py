@@ -39,7 +39,7 @@ def template_folder() -> Path:
 
 def render(job: Job, profile: Profile) -> str:
     """Return the batch script. Raises ValueError when the template cannot do what the profile asks for."""
-    lines = (template_folder() / f"{job.template}.sbatch").read_text().splitlines()
+    lines = (template_folder() / f"{job.template}.sbatch").read_text(encoding="utf-8").splitlines()
     begin = next(n for n, line in enumerate(lines) if line.startswith(_SITE))
     end = next(n for n, line in enumerate(lines) if line.startswith(_SITE_ENDS))
     header = [match for line in lines[:begin] if (match := _OPTION.fullmatch(line))]
