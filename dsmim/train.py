@@ -23,6 +23,7 @@ from dsmim.evaluate import to_device, validate
 from dsmim.health.host import merge
 from dsmim.health.interrupt import Interrupt
 from dsmim.health.outcome import NoProgress, Stopped
+from dsmim.health.status import ENDING
 from dsmim.log import Clock
 from dsmim.recipe import Recipe
 from dsmim.record import Step, checkpoint_state, keep_for_replay
@@ -39,6 +40,7 @@ def fit(recipe: Recipe, run_dir: str | Path, fork: bool = False, interrupt: Inte
     """
     limits = (recipe.engine.timeout_minutes, recipe.log.low_memory)
     with RunDirectory(Path(run_dir)) as directory, joined(*limits) as runtime, interrupt or Interrupt() as interrupt:
+        runtime.monitor.watch_peers(lambda: interrupt.signalled)
         end = runtime.on_rank_zero(lambda: end_of_job(os.environ))
         interrupt.stop_before(end, recipe.checkpoint.before_end_minutes)
         task, data = open_data(recipe, runtime)
@@ -88,6 +90,7 @@ class _Training:
         """
         self.log.close()
         if together:
+            self.runtime.phase(ENDING)
             end_workers(self.batches)
             self.session.close()
 

@@ -64,7 +64,7 @@ class Runtime:
         """Whether this is rank 0, which writes what is written once."""
         return self.rank == 0
 
-    def phase(self, name: str, step: int) -> None:
+    def phase(self, name: str, step: int | None = None) -> None:
         """Record what this rank begins, so that the others can tell why it does not answer.
 
         Every rank must call it equally often, and must begin its next phase before it waits in a collective for the
@@ -195,7 +195,7 @@ def joined(timeout_minutes: float = 10, low_memory: float = 0.05) -> Iterator[Ru
         except BaseException as error:
             if is_lost_peer(error):
                 raise _lost(runtime, monitor, error) from error
-            monitor.close()  # tells the others that this rank left because of its own error
+            monitor.close(failed=not isinstance(error, Stopped))
             if fault := own_fault(error):
                 raise ValueError(f"rank {runtime.rank}: {fault}") from error
             if isinstance(error, Stopped) or runtime.world_size == 1:

@@ -14,7 +14,8 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
-from dsmim.health.ctrl_c import watch_ctrl_c
+from dsmim.health.ctrl_c import CtrlC
+from dsmim.health.signal_thread import watch_signals
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
@@ -28,6 +29,9 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.signalled = False
+        """Whether a signal has asked to stop. Known at once, also while the main thread waits in a collective."""
+        self._ctrl_c = CtrlC()
         self._waiting = False
         self._timers = ExitStack()
 
@@ -49,7 +53,7 @@ class Interrupt:
             signal.signal(number, self._on_signal)
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._on_signal)
-            watch_ctrl_c()
+        watch_signals(self._arrived)
 
     def stop_before(self, end: float | None, minutes: float) -> None:
         """Ask to stop `minutes` before `end`, by a timer, which also wakes a rank that waits for data.
@@ -100,6 +104,12 @@ class Interrupt:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._request("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+
+    def _arrived(self, number: int) -> None:
+        """Called at once for every signal, in a thread."""
+        self.signalled |= number in (*SIGNALS, signal.SIGINT)
+        if number == signal.SIGINT:
+            self._ctrl_c.press()
 
     def _note(self, reason: str) -> bool:
         """Set the reason if there is none, and return whether there was none."""
