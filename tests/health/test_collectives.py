@@ -17,8 +17,8 @@ LOST = [
     dist.DistBackendError("[1] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value "
                           "store by key '0', but store->get('0') got error: Connection reset by peer" + STACK),
     dist.DistBackendError("NCCL communicator was aborted on rank 0."),
-    dist.DistBackendError("ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device "
-                          "error.\nLast error:\nsocketPollConnect: connect returned No route to host"),
+    dist.DistBackendError("ncclSystemError: System call (e.g. socket, malloc) or external library call failed or "
+                          "device error.\nLast error:\nsocketPollConnect: connect returned No route to host"),
     dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed." + STACK),
     dist.DistStoreError("Timed out after 601 seconds waiting for clients. 1/2 clients joined."),
     RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:40000"),
@@ -26,8 +26,8 @@ LOST = [
 ]  # fmt: skip
 OWN = [
     (dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:3690, invalid usage (run with NCCL_DEBUG=WARN for "
-                           "details), NCCL version 2.27.5\nncclInvalidUsage: This usually reflects invalid usage of NCCL "
-                           "library.\nLast error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device 91000"
+                           "details), NCCL version 2.27.5\nncclInvalidUsage: This usually reflects invalid usage of "
+                           "NCCL library.\nLast error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device 91000"
                            + STACK), "each with a GPU of its own"),
     (dist.DistBackendError("NCCL error in: x, internal error\nncclInternalError: Internal check failed.\nLast error:\n"
                            "Bootstrap : no socket interface found"), "NCCL_SOCKET_IFNAME"),
