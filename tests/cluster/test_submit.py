@@ -207,6 +207,21 @@ def test_variables_that_would_contradict_the_script_are_reported():
     assert overridden(render(job, Profile()), {"SBATCH_MEM_PER_CPU": "1G"}) == []
 
 
+def test_the_batch_shell_finds_the_run_directory(tmp_path):
+    (tmp_path / "mine.yaml").write_text("# comment\nname: 'mine-1'   # comment\ntask: {name: simmim}\n")
+    supervise = template_folder() / "supervise.sh"
+    for words, folder in (
+        ("mine.yaml", "runs/mine-1"),
+        ("demo_pretrain seed=2", "runs/demo_pretrain"),
+        ("mine.yaml --run-dir a/b seed=1", "a/b"),
+        ("mine.yaml --run-dir=a/b", "a/b"),
+        ("mine.yaml --run-dir=a seed=1 --run-dir a/seed=1", "a/seed=1"),
+    ):
+        script = f"set -u; SLURM_JOB_ID=1; source {supervise}; follow {words}; echo $dsmim_run"
+        done = subprocess.run(["/bin/bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert (done.stdout, done.stderr) == (f"{folder}\n", ""), words
+
+
 def test_no_template_expands_an_empty_array_in_a_way_that_old_shells_refuse():
     """bash before 4.4 takes "${a[@]}" of an empty array for an unset variable, and `set -u` ends the job."""
     for path in (*template_folder().glob("*.sbatch"), template_folder() / "pipeline.sh"):

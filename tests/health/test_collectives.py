@@ -27,7 +27,7 @@ LOST = [
 OWN = [
     (dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:3690, invalid usage (run with NCCL_DEBUG=WARN for "
                            "details), NCCL version 2.27.5\nncclInvalidUsage: This usually reflects invalid usage of "
-                           "NCCL library.\nLast error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device 91000"
+                           "NCCL library.\nLast error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA 9100"
                            + STACK), "each with a GPU of its own"),
     (dist.DistBackendError("NCCL error in: x, internal error\nncclInternalError: Internal check failed.\nLast error:\n"
                            "Bootstrap : no socket interface found"), "NCCL_SOCKET_IFNAME"),
