@@ -17,7 +17,7 @@ from dsmim.health.diagnosis import ANSWER
 from dsmim.health.heartbeat import Heartbeat
 from dsmim.health.status import ENDING, FAILED, WORKING, Progress, RankStatus
 
-SILENT = 16.0
+SILENT = 12.0
 """Seconds without a new beat after which a rank is taken for dead. A rank that saves may be silent for some."""
 FAILURES = 2
 """Looks in a row at which the store must be gone, or a rank must have failed: the main thread usually sees it first."""
