@@ -31,7 +31,7 @@ def evaluate(path: Path, overrides: list[str], which: str = "fp32") -> dict[str,
     which: "fp32" for the weights, "ema" for their moving average. Every rank holds the whole model, without DeepSpeed,
     for checkpoints of any ZeRO stage. Raises ValueError for what a user can fix.
     """
-    with joined() as runtime:
+    with joined(*_limits(path, overrides)) as runtime:
         found = runtime.on_rank_zero(lambda: str(reading.locate(path)))
         with runtime.all_or_none():
             recipe = recipe_of(Path(found), overrides)
@@ -45,6 +45,19 @@ def evaluate(path: Path, overrides: list[str], which: str = "fp32") -> dict[str,
         figures = validate(model, task, data, recipe, runtime, Interrupt())
         assert figures is not None  # nothing asks this Interrupt to stop: an evaluation has nothing to save
         return {"checkpoint": found, "data": recipe.data.val, **figures}
+
+
+def _limits(path: Path, overrides: list[str]) -> tuple[float, ...]:
+    """Return engine.timeout_minutes and log.low_memory of the newest checkpoint's recipe, nothing if it has none.
+
+    They count from the start, because ranks wait while rank 0 compares a whole checkpoint with its digests.
+    """
+    newest = next(iter([*reading.candidates(path / "checkpoints"), *reading.candidates(path)]), path)
+    try:
+        recipe = recipe_of(newest, overrides)
+    except ValueError:  # reported later, by one rank
+        return ()
+    return recipe.engine.timeout_minutes, recipe.log.low_memory
 
 
 def recipe_of(path: Path, overrides: list[str]) -> Recipe:

@@ -125,6 +125,11 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Return '1 rank' or '2 ranks'. plural: given when it is not the noun with an s, as in 'micro batches'."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
 @contextmanager
 def _named(path: str | Path) -> Iterator[None]:
     """Add the path to the error of a write, which does not have it."""

@@ -17,7 +17,7 @@ from dsmim.data.order import training_order
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.zero import Engine
 from dsmim.evaluate import open_validation
-from dsmim.log import Log
+from dsmim.log import Log, counted
 from dsmim.plan import Plan, plan
 from dsmim.recipe import Recipe
 from dsmim.tasks import Task, build_task
@@ -72,9 +72,10 @@ class Session:
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.task.model.parameters())
         return (
             f"{self.recipe.name}: {parameters / 1e6:.2f} M parameters, ZeRO stage {engine.stage}, {engine.precision}, "
-            f"{runtime.world_size} ranks by {runtime.place.launcher} on {runtime.device.type}, "
-            f"{self.data.train.order.samples} samples, batch {self.recipe.batch.global_batch} ({plan.accumulation} "
-            f"micro batches of {plan.micro_batch} per rank), steps {self.run.directory.step} to {plan.rate.total}"
+            f"{counted(runtime.world_size, 'rank')} by {runtime.place.launcher} on {runtime.device.type}, "
+            f"{counted(self.data.train.order.samples, 'sample')}, batch {self.recipe.batch.global_batch} "
+            f"({counted(plan.accumulation, 'micro batch', 'micro batches')} of {plan.micro_batch} per rank), "
+            f"steps {self.run.directory.step} to {plan.rate.total}"
         )
 
 

@@ -22,7 +22,8 @@ from dsmim.engine.runtime import joined
 from dsmim.evaluate import to_device, validate
 from dsmim.health.host import merge
 from dsmim.health.interrupt import Interrupt
-from dsmim.health.outcome import Stopped
+from dsmim.health.outcome import NoProgress, Stopped
+from dsmim.health.status import ENDING
 from dsmim.log import Clock
 from dsmim.recipe import Recipe
 from dsmim.record import Step, checkpoint_state, keep_for_replay
@@ -33,12 +34,13 @@ from dsmim.tasks.base import Batch
 def fit(recipe: Recipe, run_dir: str | Path, fork: bool = False, interrupt: Interrupt | None = None) -> bool:
     """Train the recipe in run_dir, or resume the run that is there. Every rank calls it.
 
-    Return True when the run is complete; False when `interrupt`, or the approaching end of the job, stopped it with
-    everything saved. Raises ValueError (Stopped where all ranks know of it) for what a user can fix, and LostPeer when
-    another rank does not answer.
+    Return True when the run is complete; False when `interrupt`, or the approaching end of the job, stopped it after at
+    least one step, with everything saved. Raises NoProgress when it was stopped before that, ValueError (Stopped where
+    all ranks know of it) for what a user can fix, and LostPeer when another rank does not answer.
     """
     limits = (recipe.engine.timeout_minutes, recipe.log.low_memory)
     with RunDirectory(Path(run_dir)) as directory, joined(*limits) as runtime, interrupt or Interrupt() as interrupt:
+        runtime.monitor.watch_peers(lambda: interrupt.signalled)
         end = runtime.on_rank_zero(lambda: end_of_job(os.environ))
         interrupt.stop_before(end, recipe.checkpoint.before_end_minutes)
         recipe = runtime.on_rank_zero(lambda: directory.find_shards(recipe))
@@ -89,6 +91,7 @@ class _Training:
         """
         self.log.close()
         if together:
+            self.runtime.phase(ENDING)
             end_workers(self.batches)
             self.session.close()
 
@@ -206,11 +209,24 @@ class _Training:
         return stop, due and not busy
 
     def _stop(self, done: int, validation_due: bool = False) -> int:
-        """Save a checkpoint of `done` completed steps, so that the run can resume from there."""
-        self.log.say(f"asked to stop: {self.interrupt.reason or 'another rank was'}")
+        """Save a checkpoint of `done` completed steps, so that the run can resume from there.
+
+        Raises NoProgress when the session has not taken a step.
+        """
+        asked = self.interrupt.reason or "another rank was"
+        self.log.say(f"asked to stop: {asked}")
         self.saver.finish()
+        if done == self.directory.step:
+            raise NoProgress(
+                f"asked to stop ({asked}) before the first step of this session; the run is still at step {done} of "
+                f"{self.plan.rate.total}. Start the same command again to continue. If its start and the first step "
+                "take longer than the job, give the job more time (--time), or reduce checkpoint.before_end_minutes"
+            )
         if done > 0 and self.saver.saved != done:
             self._save(done, validation_due)
             self.saver.finish()  # with checkpoint.background it is still being written
-        self.log.say(f"stopped at step {done} of {self.plan.rate.total} with everything saved; start again to resume")
+        self.log.say(
+            f"stopped at step {done} of {self.plan.rate.total} with everything saved; start the same command again to "
+            "resume"
+        )
         return done

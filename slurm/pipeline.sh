@@ -15,9 +15,11 @@ run_dir=$1 pretrain=$2 finetune=$3
 shift 3
 read -ra variants <<<"$DSMIM_SWEEP"
 read -ra options <<<"${DSMIM_SBATCH:-}"
+# Where sbatch passes no environment on, pass on what the templates read.
+[ "${SBATCH_EXPORT:-}" != NONE ] || export SBATCH_EXPORT=DSMIM_SLURM,DSMIM_SWEEP,DSMIM_RESTARTS
 array=--array=0-$((${#variants[@]} - 1))
 
-submit() { sbatch --parsable --kill-on-invalid-dep=yes "${options[@]}" "$@" | cut -d ';' -f 1; }
+submit() { sbatch --parsable --kill-on-invalid-dep=yes ${options[@]+"${options[@]}"} "$@" | cut -d ';' -f 1; }
 
 first=$(submit "$DSMIM_SLURM/pretrain.sbatch" "$pretrain" --run-dir "$run_dir/pretrain" "$@")
 second=$(submit --dependency="afterok:$first" "$array" "$DSMIM_SLURM/finetune.sbatch" "$finetune" \

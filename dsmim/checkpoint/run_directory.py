@@ -110,7 +110,7 @@ class RunDirectory:
     def write_recipe(self, recipe: Recipe) -> None:
         """Write RUN/recipe.yaml, for people to read: once the start has succeeded, so that one that fails changes
         nothing. On rank 0."""
-        (self.path / "recipe.yaml").write_text(recipe.to_yaml())
+        (self.path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
     def _compare(self, recipe: Recipe, identity: dict[str, str], fork: bool) -> None:
         self.changes = changes_of(self.state, recipe, identity)

@@ -26,6 +26,7 @@ from dsmim.checkpoint.saving import fresh_folder
 from dsmim.checkpoint.zero_shards import MODEL_FILE, ZeroShards, load_file
 from dsmim.engine.digest import FileEntry, HashingFile, sha256
 from dsmim.engine.runtime import Runtime
+from dsmim.log import counted
 
 UNIVERSAL_FORMAT = 1
 _BAR_EVERY = 10
@@ -48,7 +49,7 @@ def convert(checkpoint: Path, out: Path, runtime: Runtime, say: Callable[[str], 
     runtime.on_rank_zero(lambda: fresh_folder(partial))
     with runtime.all_or_none():
         shards = ZeroShards(checkpoint)
-    say(f"converting {checkpoint.name} of {shards.world_size} ranks at ZeRO stage {shards.stage} to {out}")
+    say(f"converting {checkpoint.name} of {counted(shards.world_size, 'rank')} at ZeRO stage {shards.stage} to {out}")
     try:
         with runtime.all_or_none():
             shares = runtime.gather(_write_share(shards, partial, runtime))

@@ -14,10 +14,8 @@ from contextlib import suppress
 from types import NoneType
 from typing import Any, NamedTuple, NoReturn, TextIO
 
-from dsmim.health.outcome import COMPLETE, FAILED, LostPeer, Stopped
+from dsmim.health.outcome import COMPLETE, CTRL_C, FAILED, NO_PROGRESS, LostPeer, NoProgress, Stopped
 
-CTRL_C = 130
-"""128 + SIGINT, as shells count."""
 OWN = None
 """In ENDINGS: the status that the command returned, or that its error carries."""
 
@@ -99,6 +97,7 @@ ENDINGS = (
     Ending(NoneType,          _nothing,           OWN,      OWN,       _after_mpi),
     Ending(BrokenPipeError,   _close_output,      COMPLETE, FAILED,    _at_once),  # for a rank: it lost its log
     Ending(KeyboardInterrupt, _nothing,           CTRL_C,   CTRL_C,    _after_mpi),
+    Ending(NoProgress,        _message,           NO_PROGRESS, NO_PROGRESS, _after_mpi),
     Ending(ValueError,        _message,           FAILED,   FAILED,    _at_once),
     Ending(OSError,           _message,           FAILED,   FAILED,    _at_once),
     Ending(LostPeer,          _message_then_wait, OWN,      OWN,       _at_once),  # MPI would wait for the lost one

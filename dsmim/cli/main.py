@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that `dsmim --help` answers 
 from __future__ import annotations
 
 import argparse
+import codecs
 import sys
 
 from dsmim import __version__
@@ -27,16 +28,31 @@ def main(arguments: list[str] | None = None) -> int:
 
     Raises SystemExit(2) for wrong usage.
     """
+    _accept_all_characters()
     options = _parse(arguments)
     is_rank = options.run in RANK_COMMANDS
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="surrogateescape")  # a sample key holds the bytes of a file name, in any encoding
     try:
         returned = options.run(options) or COMPLETE
     except (Exception, KeyboardInterrupt) as error:
         return end(error, None, is_rank)
     return end(None, returned, is_rank)
+
+
+def _accept_all_characters() -> None:
+    """Let standard output and error print any text in the encoding that they have."""
+    codecs.register_error("dsmim", _encode_any)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="dsmim")
+
+
+def _encode_any(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Print the bytes of a file's name as they are: a sample key holds them, in any encoding. Print other characters
+    that the encoding lacks as their numbers, such as \\u2192."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.backslashreplace_errors(error)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

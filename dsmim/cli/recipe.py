@@ -35,7 +35,8 @@ def _recipes(options: argparse.Namespace) -> None:
         print(load_recipe(options.recipe, options.overrides).to_yaml(), end="")
         return
     for name, path in shipped_recipes().items():
-        print(f"{name:32} {path.read_text().splitlines()[0].lstrip('# ')}")
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        print(f"{name:32} {first.lstrip('# ')}")
 
 
 def _samples(options: argparse.Namespace) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from dsmim.cli.words import command, count, quality, share, splits
+from dsmim.shards.cores import cores
 
 
 def add_shards(commands) -> None:
@@ -102,7 +102,7 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=count,
-        default=len(os.sched_getaffinity(0)),
+        default=cores(),
         metavar="N",
         help="processes to use (default: %(default)s, the available CPU cores)",
     )

@@ -123,5 +123,5 @@ def _script(job: Job, profile_source: str | None, problems: list[str], ask_slurm
 def _write(run_dir: Path, name: str, text: str) -> Path:
     path = run_dir / "slurm" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path

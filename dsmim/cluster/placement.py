@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import socket
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -104,18 +103,28 @@ def _from_slurm(env: Mapping[str, str]) -> Placement:
     job, step = int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_STEP_ID", 0))
     port = int(env.get("MASTER_PORT") or 10000 + (job * 17 + step) % 20000)
     address = env.get("MASTER_ADDR") or _first_host(env)
+    if int(env.get("SLURM_STEP_NUM_NODES", 1)) > 1 and (address == "localhost" or address.startswith("127.")):
+        raise ValueError(f"MASTER_ADDR={address} means another machine on every node of this step; unset it")
     return Placement("srun", rank, world, local, size, address, port)
 
 
 def _first_host(env: Mapping[str, str]) -> str:
-    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+    """Return the host of rank 0, from Slurm's list of the step's hosts: in a container there is no scontrol to ask."""
     if int(env.get("SLURM_STEP_NUM_NODES", 1)) == 1:
         return "127.0.0.1"
-    try:
-        lines = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-        return lines.stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError) as error:
-        raise ValueError(f"cannot find the first host of {nodes!r} ({error}); set MASTER_ADDR in the job") from None
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+    if host := first_host(nodes):
+        return host
+    raise ValueError(
+        f"the first host of this step is unknown (SLURM_STEP_NODELIST is {nodes!r}): set MASTER_ADDR to the name of "
+        'rank 0\'s node in the job: export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"'
+    )
+
+
+def first_host(nodes: str) -> str | None:
+    """Return the first host of a list as Slurm writes it, such as gpu07 for 'gpu[07-09,12],login1'; None for none."""
+    match = re.match(r"(?:[\w.-]|\[[0-9][0-9,-]*\])+(?=,|$)", nodes)
+    return re.sub(r"\[([0-9]+)[^\]]*\]", r"\1", match[0]) if match else None
 
 
 def expand_counts(text: str) -> list[int]:

@@ -65,6 +65,8 @@ class Profile(BaseModel):
     """More options for srun."""
     signal_seconds: Annotated[int, Field(ge=60, le=65535)] = 300
     """How long before the time limit Slurm asks the run to save and stop. Slurm may be up to a minute early."""
+    restarts: Annotated[int, Field(ge=0)] | None = None
+    """How many restarts in a row may pass without a new checkpoint; null: DSMIM_RESTARTS, or 3 if it is not set."""
 
 
 def profile_folder() -> Path:
@@ -81,7 +83,7 @@ def load_profile(source: str | None) -> Profile:
         return Profile()
     path = _locate(source)
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"profile {path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):

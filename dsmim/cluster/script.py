@@ -39,7 +39,7 @@ def template_folder() -> Path:
 
 def render(job: Job, profile: Profile) -> str:
     """Return the batch script. Raises ValueError when the template cannot do what the profile asks for."""
-    lines = (template_folder() / f"{job.template}.sbatch").read_text().splitlines()
+    lines = (template_folder() / f"{job.template}.sbatch").read_text(encoding="utf-8").splitlines()
     begin = next(n for n, line in enumerate(lines) if line.startswith(_SITE))
     end = next(n for n, line in enumerate(lines) if line.startswith(_SITE_ENDS))
     header = [match for line in lines[:begin] if (match := _OPTION.fullmatch(line))]
@@ -95,6 +95,7 @@ def _site_lines(profile: Profile, slots: list[str], template: str) -> list[str]:
     lines = [f"module load {' '.join(profile.modules)}"] if profile.modules else []
     lines += profile.setup
     lines += [f"export {name}={shlex.quote(value)}" for name, value in profile.env.items()]
+    lines += [f"export DSMIM_RESTARTS={profile.restarts}"] if profile.restarts is not None else []
     lines += [f"container=({profile.container or ''})"] if "container" in slots else []
     lines += [f"srun_options=({shlex.join(profile.srun)})"] if "srun_options" in slots else []
     return lines

@@ -9,13 +9,31 @@ from pathlib import Path
 
 TIMEOUT = 120
 """Seconds to wait for Slurm's controller."""
-# Variables that sbatch uses instead of the options in the script (sbatch(1), INPUT ENVIRONMENT VARIABLES).
+# Variables that sbatch uses instead of the options in the script (sbatch(1), INPUT ENVIRONMENT VARIABLES; read in
+# 22.05 and 26.11).
 _OVERRIDES = {
     "SBATCH_ACCOUNT": "account", "SBATCH_CONSTRAINT": "constraint", "SBATCH_GPUS_PER_NODE": "gpus-per-node",
-    "SBATCH_MEM_PER_NODE": "mem", "SBATCH_OPEN_MODE": "open-mode", "SBATCH_OUTPUT": "output",
-    "SBATCH_PARTITION": "partition", "SBATCH_QOS": "qos", "SBATCH_RESERVATION": "reservation",
-    "SBATCH_SIGNAL": "signal", "SBATCH_TIMELIMIT": "time",
+    "SBATCH_JOB_NAME": "job-name", "SBATCH_MEM_PER_NODE": "mem", "SBATCH_OPEN_MODE": "open-mode",
+    "SBATCH_OUTPUT": "output", "SBATCH_PARTITION": "partition", "SBATCH_QOS": "qos",
+    "SBATCH_RESERVATION": "reservation", "SBATCH_SIGNAL": "signal", "SBATCH_TIMELIMIT": "time",
 }  # fmt: skip
+_CONTRADICTIONS = {
+    "SBATCH_ARRAY_INX": "make an array of the job, and all its tasks would use one run directory",
+    "SBATCH_NO_REQUEUE": "forbid the requeue after a stop on request",
+    "SBATCH_NO_KILL": "keep the job when a node fails, and no rank would be started in its place",
+    "SBATCH_WAIT": "keep the submission waiting until the job has ended",
+    "SBATCH_ERROR": "send the messages to another file than the output",
+    "SBATCH_GPUS": "contradict --gpus-per-node",
+    "SBATCH_GPUS_PER_TASK": "contradict --gpus-per-node",
+    "SBATCH_GRES": "ask for GPUs, or other resources, a second time",
+    "SBATCH_CPUS_PER_GPU": "contradict --cpus-per-task",
+    "SBATCH_OVERCOMMIT": "let all ranks share cores",
+    "SBATCH_THREAD_SPEC": "take cores from the ranks",
+    "SBATCH_CORE_SPEC": "take cores from the ranks",
+}
+"""What variables without a counterpart in the script would do."""
+_MEMORY = ("SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU", "SBATCH_MEM_PER_NODE")
+"""Of these and --mem, Slurm accepts one."""
 
 
 def why_unavailable() -> str | None:
@@ -47,14 +65,20 @@ def submit(file: Path) -> str:
 
 
 def overridden(script: str, env: Mapping[str, str]) -> list[str]:
-    """Return one line for each option of the script that an environment variable would replace."""
+    """Return one line for each environment variable that would replace or contradict an option of the script."""
     options = dict(
         line.removeprefix("#SBATCH --").partition("=")[::2] for line in script.splitlines() if line[:8] == "#SBATCH "
     )
-    return [
-        f"{name}={env[name]} in the environment would replace --{option}={options[option]}; unset it"
+    effects = {
+        name: f"replace --{option}={options[option]}"
         for name, option in _OVERRIDES.items()
-        if name in env and option in options and env[name] != options[option]
+        if option in options and env.get(name) != options[option]
+    }
+    effects |= {name: f"contradict --mem={options['mem']}" for name in _MEMORY if "mem" in options} | effects
+    return [
+        f"{name}={env[name]} in the environment would {effect}; unset it"
+        for name, effect in (_CONTRADICTIONS | effects).items()
+        if name in env
     ]
 
 

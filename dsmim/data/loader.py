@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
+from types import TracebackType
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -90,11 +92,19 @@ def _loader(dataset: torch.utils.data.Dataset, batches: Sampler, workers: int, p
 
 
 def _prepare_worker(worker: int) -> None:
-    """Ignore requests to stop, which Slurm sends to every process of a step: the rank decides when to end. And end with
-    the rank, however it ends."""
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGALRM):
+    """Ignore requests to stop, which Slurm, or a terminal on Ctrl-C, sends to every process: the rank decides when to
+    end. And end with the rank, however it ends."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGALRM, signal.SIGINT):
         signal.signal(number, _ignore)
+    sys.excepthook = _report_error
     end_with_parent()
+
+
+def _report_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an error of the thread that passes batches to the rank, unless the rank has broken off: it does when it is
+    asked to stop while it receives one."""
+    if not isinstance(error, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _ignore(*_: object) -> None:

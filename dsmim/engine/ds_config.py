@@ -51,7 +51,7 @@ def load_ds_config(source: str, owned: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"engine.deepspeed: no file {source!r}; dsmim comes with {', '.join(shipped_configs())}")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     problems = [_unknown(key) for key in config if key not in KNOWN]

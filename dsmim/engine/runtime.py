@@ -19,10 +19,11 @@ import torch.distributed as dist
 from torch import nn
 
 from dsmim.cluster.placement import TORCH_VARIABLES, Placement, detect
-from dsmim.health.collectives import is_lost_peer, set_timeout
+from dsmim.health.collectives import is_lost_peer, own_fault, set_timeout, without_stack
 from dsmim.health.host import HostMonitor
 from dsmim.health.monitor import RankMonitor
 from dsmim.health.outcome import FAILED, LOST, LostPeer, Stopped
+from dsmim.shards.cores import cores
 
 _RENDEZVOUS = "dsmim"
 _sessions = itertools.count()
@@ -63,7 +64,7 @@ class Runtime:
         """Whether this is rank 0, which writes what is written once."""
         return self.rank == 0
 
-    def phase(self, name: str, step: int) -> None:
+    def phase(self, name: str, step: int | None = None) -> None:
         """Record what this rank begins, so that the others can tell why it does not answer.
 
         Every rank must call it equally often, and must begin its next phase before it waits in a collective for the
@@ -147,8 +148,8 @@ class Runtime:
 def start(timeout_minutes: float = 10) -> Runtime:
     """Join the process group that the launcher set up, through DeepSpeed.
 
-    Raises ValueError when the environment contradicts itself, a rank has no device of its own, or this process is in a
-    process group already.
+    Raises ValueError when the environment contradicts itself, a rank has no device of its own or cannot use the
+    network, or this process is in a process group already; LostPeer when not all ranks come.
     """
     if dist.is_initialized():
         raise ValueError(
@@ -170,7 +171,7 @@ def start(timeout_minutes: float = 10) -> Runtime:
     if accelerated:
         torch.cuda.set_device(index)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
+        torch.set_num_threads(max(1, cores() // place.local_world_size))
     _join(place, accelerated, timedelta(minutes=timeout_minutes))
     return Runtime(place, torch.device("cuda", index) if accelerated else torch.device("cpu"))
 
@@ -194,7 +195,9 @@ def joined(timeout_minutes: float = 10, low_memory: float = 0.05) -> Iterator[Ru
         except BaseException as error:
             if is_lost_peer(error):
                 raise _lost(runtime, monitor, error) from error
-            monitor.close()  # tells the others that this rank left because of its own error
+            monitor.close(failed=not isinstance(error, Stopped))
+            if fault := own_fault(error):
+                raise ValueError(f"rank {runtime.rank}: {fault}") from error
             if isinstance(error, Stopped) or runtime.world_size == 1:
                 stop()
             raise
@@ -242,10 +245,24 @@ def _join(place: Placement, accelerated: bool, timeout: timedelta) -> None:
         # Otherwise DeepSpeed compiles a shared-memory collective at first use, which takes a compiler and a minute.
         deepspeed.ops.__compatible_ops__ = {}
     backend, method = "nccl" if accelerated else "gloo", f"{_RENDEZVOUS}://?session={place.session}"
-    deepspeed.init_distributed(
-        dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, init_method=method, verbose=False
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, init_method=method, verbose=False
+        )
+    except RuntimeError as error:
+        raise _not_joined(place, error) from error
     assert dist.get_world_size() == place.world_size
+
+
+def _not_joined(place: Placement, error: RuntimeError) -> Exception:
+    if fault := own_fault(error):
+        return ValueError(f"rank {place.rank}: {fault}")
+    if not is_lost_peer(error):
+        return error
+    where = f"{place.master_addr}:{place.master_port}"
+    return LostPeer(
+        f"rank {place.rank}: the {place.world_size} ranks did not all meet at {where}: {without_stack(error)}"
+    )
 
 
 def _meet(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[dist.Store, int, int]]:

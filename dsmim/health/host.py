@@ -75,7 +75,7 @@ class HostMonitor:
     def _few_files(self, process: psutil.Process) -> str:
         return (
             f"{self.host} (rank {self.place.rank}): {_describe_process(process)} has {process.num_fds()} files open; "
-            f"its limit is {_file_limit(process)}: raise it (ulimit -n) in the job, or choose a smaller "
+            f"its limit is {_file_limit(process):.0f}: raise it (ulimit -n) in the job, or choose a smaller "
             "data.shuffle_window"
         )
 
@@ -158,7 +158,12 @@ def _files_used(process: psutil.Process) -> float:
 
 
 def _file_limit(process: psutil.Process) -> float:
-    soft, _ = process.rlimit(psutil.RLIMIT_NOFILE)
+    """Return how many files a process may open. Where psutil cannot tell (macOS), the limit of this process, which its
+    children have inherited."""
+    if hasattr(process, "rlimit"):
+        soft, _ = process.rlimit(psutil.RLIMIT_NOFILE)
+    else:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return float("inf") if soft == resource.RLIM_INFINITY else soft
 
 

@@ -14,6 +14,9 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
+from dsmim.health.ctrl_c import CtrlC
+from dsmim.health.signal_thread import watch_signals
+
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
 
@@ -26,6 +29,9 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.signalled = False
+        """Whether a signal has asked to stop. Known at once, also while the main thread waits in a collective."""
+        self._ctrl_c = CtrlC()
         self._waiting = False
         self._timers = ExitStack()
 
@@ -38,9 +44,16 @@ class Interrupt:
         self._timers.close()
 
     def listen(self) -> None:
-        """Treat SIGUSR1, SIGUSR2 and SIGTERM as requests to stop. Only the first counts. Call it in the main thread."""
+        """Treat SIGUSR1, SIGUSR2, SIGTERM and SIGINT as requests to stop. Only the first counts, but a second Ctrl-C
+        ends the process. For a process that does nothing but train; call it in the main thread.
+
+        A SIGINT that is ignored stays so: shells start background commands (`nohup`, `&`) in this way.
+        """
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._on_signal)
+        watch_signals(self._arrived)
 
     def stop_before(self, end: float | None, minutes: float) -> None:
         """Ask to stop `minutes` before `end`, by a timer, which also wakes a rank that waits for data.
@@ -90,7 +103,13 @@ class Interrupt:
             self._waiting = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._request(signal.Signals(number).name)
+        self._request("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+
+    def _arrived(self, number: int) -> None:
+        """Called at once for every signal, in a thread."""
+        self.signalled |= number in (*SIGNALS, signal.SIGINT)
+        if number == signal.SIGINT:
+            self._ctrl_c.press()
 
     def _note(self, reason: str) -> bool:
         """Set the reason if there is none, and return whether there was none."""

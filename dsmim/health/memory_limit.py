@@ -110,6 +110,7 @@ def _in_job(process: psutil.Process, env: Mapping[str, str]) -> bool:
 
 def _share(process: psutil.Process) -> int:
     try:
-        return process.memory_full_info().pss
+        full = process.memory_full_info()
     except (psutil.Error, OSError):
         return 0
+    return getattr(full, "pss", full.uss)  # Linux alone knows pss, where a page that n processes share counts 1/n

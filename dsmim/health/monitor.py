@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from collections.abc import Callable
 
@@ -11,6 +12,8 @@ from dsmim.health.board import launcher_keeps_store
 from dsmim.health.diagnosis import diagnose, wait_for_readers
 from dsmim.health.heartbeat import INTERVAL, Heartbeat
 from dsmim.health.outcome import FAILED, LOST
+from dsmim.health.peer_watch import PeerWatch
+from dsmim.health.status import FAILED as FAILED_ALONE
 from dsmim.health.status import LEFT, WORKING, Progress, report
 from dsmim.health.watchdog import GRACE, Watchdog
 
@@ -30,6 +33,7 @@ class RankMonitor:
         self._place, self._who = place, f"rank {place.rank} on {socket.gethostname()}"
         self._progress = Progress()
         self._beat = Heartbeat(place, self._progress, every_beat, interval)
+        self._peers: PeerWatch | None = None
         self._watchdog = Watchdog(self._who, self._progress, limit_seconds, grace, interval / 2, self._before_exit)
 
     @property
@@ -49,6 +53,11 @@ class RankMonitor:
         """
         self._progress.begin(name, step)
 
+    def watch_peers(self, asked: Callable[[], bool]) -> None:
+        """End the process, as `diagnose` says, if another rank is gone and this one is `asked` to stop but waits."""
+        if self._place.world_size > 1:
+            self._peers = PeerWatch(self._place, self._progress, self._beat, asked, self._leave)
+
     def diagnose(self) -> str:
         """Return a sentence that names the ranks the others wait for. For a rank whose collective has failed.
 
@@ -58,18 +67,25 @@ class RankMonitor:
         self._progress.restart_clock()  # the watchdog must not end the process while it reports
         return text
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Stop. The other ranks see that this rank has left, unless a diagnosis was made before.
+
+        failed: because of an error that only this rank knows of.
 
         After a diagnosis, rank 0 stays for some seconds if its process holds the store, so that others can read it.
         """
         if self._beat.state == WORKING:
-            self._beat.state = LEFT
+            self._beat.state = FAILED_ALONE if failed else LEFT
         elif self._place.rank == 0 and not launcher_keeps_store():
             with contextlib.suppress(Exception):  # the process ends anyway
                 wait_for_readers(self._place, self._beat.interval)
         self._watchdog.close()
+        if self._peers is not None:
+            self._peers.close()
         self._beat.close()
+
+    def _leave(self) -> None:
+        os._exit(self._before_exit())
 
     def _before_exit(self) -> int:
         """Report for the watchdog whom this rank waits for; return the exit status."""

@@ -11,11 +11,20 @@ FAILED = 1
 LOST = 70
 """A rank died, stalled or could not be reached; starting again may help. EX_SOFTWARE of sysexits.h."""
 STOPPED = 75
-"""Stopped on request with everything saved; starting again resumes. EX_TEMPFAIL of sysexits.h."""
+"""Stopped on request after at least one step, with everything saved; starting again resumes. EX_TEMPFAIL of
+sysexits.h."""
+NO_PROGRESS = 76
+"""Stopped on request before the first step of this session. Starting again helps only if there is more time then."""
+CTRL_C = 130
+"""128 + SIGINT, as shells count."""
 
 
 class Stopped(ValueError):
     """An error that every rank has seen. Rank 0 prints it; the others end without a message."""
+
+
+class NoProgress(Stopped):
+    """The run was asked to stop before it had taken a step in this session: there is nothing new to save."""
 
 
 class LostPeer(RuntimeError):

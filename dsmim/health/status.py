@@ -12,7 +12,11 @@ BROKEN = "broken"
 DIAGNOSED = "diagnosed"
 """A collective of this rank has failed, and the rank has found out why."""
 LEFT = "left"
-"""The rank has ended by itself: at the end of the run, or because of an error of its own."""
+"""The rank has ended together with the others."""
+FAILED = "failed"
+"""The rank has ended because of an error of its own."""
+ENDING = "ending"
+"""The name of a rank's last phase: it needs the others no more."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -86,8 +87,8 @@ def local_copy(tar: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryFile(prefix="dsmim-", suffix=".tar") as file:
         download(tar, file)
-        file.flush()
-        yield Path(f"/proc/self/fd/{file.fileno()}")
+        file.seek(0)  # macOS: what opens /dev/fd/N begins where this descriptor is
+        yield Path(f"{'/proc/self/fd' if sys.platform == 'linux' else '/dev/fd'}/{file.fileno()}")
 
 
 def _read_indexes(paths: list[str], index_dir: str | None) -> list[ShardIndex]:

@@ -13,14 +13,14 @@ import pytest
 import yaml
 
 from dsmim.cli.ending import ENDINGS
-from dsmim.health.outcome import LostPeer
+from dsmim.health.outcome import LostPeer, NoProgress
 from tests.conftest import environment, patience, tiny_recipe
 
 PROGRAM = """
 import atexit, sys
 from types import SimpleNamespace
 from dsmim.cli.main import main
-from dsmim.health.outcome import FAILED, LOST, LostPeer, Stopped
+from dsmim.health.outcome import FAILED, LOST, LostPeer, NoProgress, Stopped
 from dsmim.recipe.errors import RecipeError
 
 result, *words = sys.argv[1:]
@@ -64,6 +64,8 @@ CASES = [
     (ValueError, 'ValueError("told")', SAMPLES, "0", ONE, 1, RETURNED),
     (ValueError, 'Stopped("told")', TRAIN, "0", ONE, 1, AT_ONCE),
     (ValueError, 'Stopped("told")', TRAIN, "1", SILENT, 1, AT_ONCE),
+    (NoProgress, 'NoProgress("told")', TRAIN, "0", ONE, 76, FINALIZED),
+    (NoProgress, 'NoProgress("told")', TRAIN, "1", SILENT, 76, FINALIZED),
     (ValueError, 'RecipeError("r", ["told"])', TRAIN, "0", RECIPE, 1, AT_ONCE),
     (ValueError, 'RecipeError("r", ["told"])', TRAIN, "1", SILENT, 1, AT_ONCE),
     (ValueError, 'RecipeError("r", ["told"])', SAMPLES, "0", RECIPE, 1, RETURNED),
@@ -115,4 +117,4 @@ def test_every_row_has_a_case_for_both_kinds_of_commands():
     for row in ENDINGS:
         commands = {case[2][0] for case in CASES if case[0] is row.cause}
         assert commands & {"train", "evaluate"}, row
-        assert "samples" in commands or row.cause is LostPeer, row  # only ranks have peers
+        assert "samples" in commands or row.cause in (LostPeer, NoProgress), row  # only ranks have peers and steps

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsmim.cluster.placement import detect, expand_counts, is_first
+from dsmim.cluster.placement import detect, expand_counts, first_host, is_first
 
 TORCHRUN = dict(RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", MASTER_ADDR="n0", MASTER_PORT="29501", LOCAL_WORLD_SIZE="2")
 SRUN = dict(
@@ -10,6 +10,12 @@ SRUN = dict(
     SLURM_STEP_TASKS_PER_NODE="2(x2)", SLURM_STEP_NODELIST="n[1-2]", SLURM_JOB_ID="77", SLURM_STEP_ID="0",
     SLURM_NTASKS="4", MASTER_ADDR="n1",
 )  # fmt: skip
+
+HOSTS = [
+    ("node1", "node1"), ("node1,node2", "node1"), ("n[1-2]", "n1"), ("gpu[007-012,20]", "gpu007"),
+    ("gpu[3,7-9]", "gpu3"), ("rack[1-2]n[01-16],login", "rack1n01"), ("a-b.example.org,c", "a-b.example.org"),
+    ("gpu[3]-ib0,x", "gpu3-ib0"), ("127.0.0.1,127.0.0.2", "127.0.0.1"), ("", None), ("(null)", None),
+]  # fmt: skip
 
 
 def test_torch_variables():
@@ -24,6 +30,20 @@ def test_srun_variables():
     assert (place.local_rank, place.local_world_size) == (1, 2)
     assert place.master_addr == "n1" and 10000 <= place.master_port < 30000
     assert detect(SRUN | {"SLURM_JOB_ID": "78"}).master_port != place.master_port
+
+
+def test_ranks_on_several_nodes_meet_without_scontrol(monkeypatch, tmp_path):
+    """In a container there is none. tests/slurm compares with it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    alone = {name: value for name, value in SRUN.items() if name != "MASTER_ADDR"}
+    assert detect(alone | {"SLURM_STEP_NODELIST": "gpu[07-09,12],login1"}).master_addr == "gpu07"
+    assert detect(alone | {"SLURM_STEP_NUM_NODES": "1", "SLURM_NODEID": "0"}).master_addr == "127.0.0.1"
+    assert detect(SRUN).master_addr == "n1"  # set by the user
+
+
+@pytest.mark.parametrize(("nodes", "first"), HOSTS)
+def test_the_first_host_of_a_list(nodes, first):
+    assert first_host(nodes) == first
 
 
 def test_a_single_process():
@@ -42,6 +62,11 @@ def test_a_single_process():
         (TORCHRUN | {"OMPI_COMM_WORLD_SIZE": "8"}, "OMPI_COMM_WORLD_SIZE announces 8 ranks .* world of 4"),
         ({"PMI_SIZE": "4"}, "PMI_SIZE announces 4 ranks"),
         ({"MV2_COMM_WORLD_SIZE": "2"}, "MV2_COMM_WORLD_SIZE announces 2 ranks"),
+        (SRUN | {"MASTER_ADDR": "localhost"}, "MASTER_ADDR=localhost means another machine on every node"),
+        (
+            SRUN | {"MASTER_ADDR": "", "SLURM_STEP_NODELIST": ""},
+            "first host of this step is unknown .* set MASTER_ADDR",
+        ),
         (
             TORCHRUN | {"LOCAL_WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"},
             "on 2 nodes but all 4 ranks",

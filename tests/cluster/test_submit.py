@@ -14,7 +14,7 @@ import yaml
 from dsmim.cli.main import main
 from dsmim.cluster import TEMPLATES
 from dsmim.cluster.profile import Profile, load_profile
-from dsmim.cluster.script import Job, render
+from dsmim.cluster.script import Job, render, template_folder
 from dsmim.cluster.slurm import end_of_job, job_of, limit_seconds
 from dsmim.cluster.submit import overridden
 from tests.conftest import ROOT, make_shards, tiny_recipe
@@ -142,7 +142,7 @@ def test_every_template_can_be_filled_in(template):
     profile = Profile(
         account="a", partition="p", qos="q", constraint="ib", reservation="r", gpu_type="h100", cpus_per_task=3,
         mem="9G", modules=["cuda", "gcc"], setup=["cd /x"], env={"A": "it's $HOME"}, sbatch=["--exclusive"],
-        srun=["--label"], signal_seconds=600,
+        srun=["--label"], signal_seconds=600, restarts=7,
     )  # fmt: skip
     job = Job(template, 3, 2, "1-12", "name", "%j.out", Path("/x y"), ("RECIPE", "key=a b"))
     script = render(job, profile)
@@ -156,10 +156,10 @@ def test_every_template_can_be_filled_in(template):
     probe = script.replace("module load cuda gcc\n", "").replace("cd /x\n", "")
     end = probe.index("# ---- end of site")
     shown = subprocess.run(
-        ["/bin/bash", "-c", probe[:end] + 'printf "%s|" "$@" "$A" "${srun_options[*]:-none}"'],
+        ["/bin/bash", "-c", probe[:end] + 'printf "%s|" "$@" "$A" "$DSMIM_RESTARTS" "${srun_options[*]:-none}"'],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    assert shown == f"RECIPE|key=a b|it's $HOME|{'none' if template == 'pretrain_mpirun' else '--label'}|"
+    assert shown == f"RECIPE|key=a b|it's $HOME|7|{'none' if template == 'pretrain_mpirun' else '--label'}|"
 
 
 def test_a_container_goes_before_the_command_or_is_refused():
@@ -185,6 +185,51 @@ def test_variables_that_would_replace_options_are_reported():
     script = "#SBATCH --time=60\n#SBATCH --exclusive\n"
     problems = overridden(script, {"SBATCH_TIMELIMIT": "5", "SBATCH_PARTITION": "x"})
     assert problems == ["SBATCH_TIMELIMIT=5 in the environment would replace --time=60; unset it"]
+    assert overridden(script, {"SBATCH_TIMELIMIT": "60"}) == []
+
+
+def test_variables_that_would_contradict_the_script_are_reported():
+    job = Job("pretrain", 2, 4, "60", "name", "%j.out", Path("/x"), ())
+    script = render(job, Profile(mem="9G"))
+    asked = {
+        "SBATCH_NO_REQUEUE": "1", "SBATCH_ARRAY_INX": "0-3", "SBATCH_JOB_NAME": "mine", "SBATCH_WAIT": "",
+        "SBATCH_MEM_PER_CPU": "1G", "SBATCH_GPUS": "1", "SBATCH_ERROR": "%j.err", "SBATCH_GRES": "gpu:1",
+    }  # fmt: skip
+    harmless = {"SBATCH_ACCOUNT": "me", "SBATCH_PARTITION": "gpu", "SBATCH_QOS": "high", "SBATCH_EXPORT": "NONE"}
+    problems = overridden(script, asked | harmless)
+    assert [problem.split("=")[0] for problem in problems] == [
+        "SBATCH_ARRAY_INX", "SBATCH_NO_REQUEUE", "SBATCH_WAIT", "SBATCH_ERROR", "SBATCH_GPUS", "SBATCH_GRES",
+        "SBATCH_MEM_PER_CPU", "SBATCH_JOB_NAME",
+    ]  # fmt: skip
+    assert "SBATCH_JOB_NAME=mine in the environment would replace --job-name=name; unset it" in problems
+    assert "SBATCH_MEM_PER_CPU=1G in the environment would contradict --mem=9G; unset it" in problems
+    assert overridden(script, harmless | {"SBATCH_MEM_PER_NODE": "9G"}) == []
+    assert overridden(render(job, Profile()), {"SBATCH_MEM_PER_CPU": "1G"}) == []
+
+
+def test_the_batch_shell_finds_the_run_directory(tmp_path):
+    (tmp_path / "mine.yaml").write_text("# comment\nname: 'mine-1'   # comment\ntask: {name: simmim}\n")
+    supervise = template_folder() / "supervise.sh"
+    for words, folder in (
+        ("mine.yaml", "runs/mine-1"),
+        ("demo_pretrain seed=2", "runs/demo_pretrain"),
+        ("mine.yaml --run-dir a/b seed=1", "a/b"),
+        ("mine.yaml --run-dir=a/b", "a/b"),
+        ("mine.yaml --run-dir=a seed=1 --run-dir a/seed=1", "a/seed=1"),
+    ):
+        script = f"set -u; SLURM_JOB_ID=1; source {supervise}; follow {words}; echo $dsmim_run"
+        done = subprocess.run(["/bin/bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert (done.stdout, done.stderr) == (f"{folder}\n", ""), words
+
+
+def test_no_template_expands_an_empty_array_in_a_way_that_old_shells_refuse():
+    """bash before 4.4 takes "${a[@]}" of an empty array for an unset variable, and `set -u` ends the job."""
+    for path in (*template_folder().glob("*.sbatch"), template_folder() / "pipeline.sh"):
+        text = path.read_text()
+        for name in ("container", "srun_options", "options"):
+            every = text.count(f"{{{name}[")
+            guarded = 2 * text.count(f'${{{name}[@]+"${{{name}[@]}}"}}') + text.count(f"{{{name}[*]-}}")
+            assert every == guarded, (path, name)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What machines do to runs: a full disk, a disk that turns read-only, a rank that dies, a rank that stalls."""
 
+import json
 import os
 import subprocess
 import time
@@ -8,9 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dsmim.checkpoint.reading import check_files
+from dsmim.checkpoint.reading import STATE_FORMAT, check_files
 from dsmim.cluster.placement import free_port
-from tests.conftest import ROOT, environment, patience, run
+from tests.conftest import ROOT, environment, patience, run, tiny_recipe
 from tests.distributed.runs import write_recipe
 
 OWN_MOUNTS = ("unshare", "--mount") if os.geteuid() == 0 else ("unshare", "--mount", "--map-root-user")
@@ -117,6 +118,21 @@ def test_a_rank_that_dies_and_one_that_stalls_end_their_jobs(tmp_path, shards):
         assert not psutil.wait_procs(family, timeout=patience(10))[1]  # no data worker is left behind
     finally:
         end(family)
+
+
+def test_an_evaluation_waits_for_its_ranks_as_long_as_the_recipe_says(tmp_path, shards):
+    """The other rank never comes. 3 seconds are given, where 10 minutes are the default."""
+    checkpoint = tmp_path / "run/checkpoints/step_00000002"
+    checkpoint.mkdir(parents=True)
+    state = {"format": STATE_FORMAT, "recipe": tiny_recipe(shards, engine={"timeout_minutes": 60})}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for words in ((tmp_path / "run",), (checkpoint,)):
+        begun = time.monotonic()
+        env = place | {"MASTER_PORT": str(free_port())}
+        done = run("dsmim", "evaluate", *words, "engine.timeout_minutes=0.05", check=False, **env)
+        assert done.returncode == 70 and "the 2 ranks did not all meet" in done.stderr, done.stderr
+        assert time.monotonic() - begun < patience(60)
 
 
 def test_an_error_that_nobody_expects_ends_its_process_at_once(tmp_path, shards):

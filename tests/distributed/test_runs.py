@@ -60,7 +60,7 @@ def test_a_run_goes_on_by_other_numbers_of_ranks_and_stages(tmp_path, shards):
             for later in (run_dir / "checkpoints").glob(f"step_{step + 2:08d}"):
                 shutil.rmtree(later)  # it may have come further
     assert "converting step_00000006 of 2 ranks at ZeRO stage 0 to" in log.read_text()
-    assert "1 micro batches of 2 per rank" in log.read_text()
+    assert "(1 micro batch of 2 per rank)" in log.read_text()
     assert not (run_dir / "checkpoints/universal").exists()
     one, other = metrics(tmp_path / "straight"), metrics(run_dir)
     assert [line["step"] for line in one] == [line["step"] for line in other]

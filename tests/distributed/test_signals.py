@@ -1,6 +1,9 @@
 """Requests to stop reach real runs: while they train, validate and wait for data."""
 
+import os
+import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -30,7 +33,8 @@ def test_stopped_twice_and_resumed_equals_uninterrupted(tmp_path, shards):
         processes[1].send_signal(signal.SIGUSR1)
         assert leave(processes) == [75, 75]
     said = log.read_text()
-    assert "asked to stop: another rank was" in said and "with everything saved; start again to resume" in said
+    assert "asked to stop: another rank was" in said
+    assert "with everything saved; start the same command again to resume" in said and "Traceback" not in said
     first = int((stopped / "checkpoints/latest").read_text().split("_")[1])
     assert 3 <= first < 16
     with ranks(log, 2, *command) as processes:
@@ -78,13 +82,23 @@ def test_stopped_while_waiting_for_data_and_in_validation(tmp_path, gated):
         f"data.cache_dir={tmp_path}/cache", f"data.index_dir={indexes}",
     )  # fmt: skip
     log = tmp_path / "log"
-    for place, gate in (("step 0", "train"), ("step 2", "val")):
+    for gate, status, told in (
+        ("train", 76, "asked to stop (SIGTERM) before the first step of this session; the run is still at step 0 of 4"),
+        ("val", 75, "stopped at step 2 of 4 with everything saved"),
+        ("val", 76, "asked to stop (SIGTERM) before the first step of this session; the run is still at step 2 of 4"),
+    ):
+        (gated / f"asked-{gate}").unlink(missing_ok=True)
         with ranks(log, 1, *command) as processes:
             wait_for((gated / f"asked-{gate}").exists, processes[0])
             processes[0].send_signal(signal.SIGTERM)
-            assert leave(processes) == [75]
-        assert f"stopped at {place} of 4" in log.read_text()
-        (gated / f"go-{gate}").touch()
+            assert leave(processes) == [status]
+        said = log.read_text()
+        assert said.count(told) == 1 and "Traceback" not in said, said
+        assert ("everything saved" in said) == (status == 75)
+        if gate == "train":
+            assert not list((tmp_path / "stopped/checkpoints").glob("step_*"))
+            (gated / "go-train").touch()
+    (gated / "go-val").touch()
     with ranks(log, 1, *command) as processes:
         assert leave(processes, 100) == [0]
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "stopped")
@@ -93,3 +107,43 @@ def test_stopped_while_waiting_for_data_and_in_validation(tmp_path, gated):
         kept = sorted(path.name for path in (tmp_path / run / "checkpoints").glob("step_*"))
         assert kept == ["step_00000002", "step_00000004"]
         assert (tmp_path / run / "checkpoints/best").read_text() == "step_00000002"
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(tmp_path, shards):
+    """A terminal sends SIGINT to every process, also to data workers; torchrun then sends its ranks another one."""
+    recipe = write_recipe(tmp_path, shards, schedule={"duration": {"steps": 200}, "warmup": {"steps": 1}})
+    command = ("train", recipe, "--run-dir", tmp_path / "run", "data.workers=1", "data.val=null", "checkpoint.keep=1")
+    log = tmp_path / "log"
+    with ranks(log, 2, *command) as processes:
+        wait_for(lambda: "step 2/200" in log.read_text(), processes[0])
+        for _ in range(2):
+            for process in processes:
+                os.killpg(process.pid, signal.SIGINT)
+        assert leave(processes) == [75, 75]
+    said = log.read_text()
+    assert said.count("Ctrl-C: saving; press Ctrl-C again to leave at once\n") == 1
+    assert "asked to stop: Ctrl-C\n" in said and "Traceback" not in said, said
+    step = int((tmp_path / "run/checkpoints/latest").read_text().split("_")[1])
+    assert 2 <= step < 200
+    assert f"stopped at step {step} of 200 with everything saved; start the same command again to resume" in said
+    with ranks(log, 2, *command, f"schedule.duration.steps={step + 1}", "--fork") as processes:
+        assert leave(processes) == [0, 0]
+    assert f"resumed from {tmp_path}/run/checkpoints/step_{step:08d}" in log.read_text()
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_slurm_ends_because_of_another_one_does_not_claim_to_have_saved(tmp_path, shards, fault):
+    """Slurm 26.05 sends SIGCONT and SIGTERM to the ranks that are left, and kills them KillWait (30 s) later."""
+    steps = {"duration": {"steps": 2000}, "warmup": {"steps": 1}}
+    recipe = write_recipe(tmp_path, shards, schedule=steps, checkpoint={"every": {"steps": 2000}})
+    log = tmp_path / "log"
+    with ranks(log, 2, "train", recipe, "--run-dir", tmp_path / "run", "data.val=null") as processes:
+        wait_for(lambda: "step 3/2000" in log.read_text(), processes[0])
+        processes[1].send_signal(fault)
+        time.sleep(0.5)  # the other rank waits in a collective
+        for number in (signal.SIGCONT, signal.SIGTERM):
+            processes[0].send_signal(number)
+        assert leave(processes[:1], 29) == [70]
+    said = log.read_text()
+    assert len(re.findall(r"rank 0( on \S+)?: rank 1 on \S+ has given no sign of life for", said)) == 1, said
+    assert "everything saved" not in said and not list((tmp_path / "run/checkpoints").glob("step_*"))

@@ -2,24 +2,31 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
-from dsmim.health.interrupt import SIGNALS, Interrupt
-from tests.conftest import patience
+from dsmim.data.loader import _prepare_worker, end_workers
+from dsmim.health.interrupt import SIGNALS, Interrupt, _StopWaiting
+from dsmim.shards.forking import ForkContext
+from tests.conftest import ROOT, environment, patience
 
 
 @pytest.fixture
 def interrupt():
     """An Interrupt that listens. The signal handlers from before are restored afterwards."""
-    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM, signal.SIGINT)}
     interrupt = Interrupt()
     interrupt.listen()
     yield interrupt
     signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.set_wakeup_fd(-1)
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -129,3 +136,76 @@ def test_the_alarm_is_cancelled_and_the_handler_from_before_restored(interrupt):
     with interrupt:
         interrupt.stop_before(None, minutes=5)
     assert signal.getsignal(signal.SIGALRM) is mine
+
+
+IN_A_COLLECTIVE = """
+import ctypes, signal, sys
+from dsmim.health.interrupt import Interrupt
+
+if "ignored" in sys.argv:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+interrupt = Interrupt()
+interrupt.listen()
+print("ready", flush=True)
+lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+lock(mutex)
+lock(mutex)  # never returns to Python, which would call the handlers of signals
+"""
+
+
+def start_waiting(*words: str) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_A_COLLECTIVE, *words], env=environment(), cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_a_second_ctrl_c_leaves_at_once_even_from_a_collective():
+    with start_waiting() as process:
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == "Ctrl-C: saving; press Ctrl-C again to leave at once\n"
+        process.send_signal(signal.SIGINT)  # of torchrun, at the same moment
+        time.sleep(2)
+        assert process.poll() is None
+        begun = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(patience(10)) == 130 and time.monotonic() - begun < patience(5)
+
+
+def test_an_ignored_ctrl_c_stays_ignored():
+    """As of a command that a shell has started in the background."""
+    with start_waiting("ignored") as process:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.kill()
+        assert process.stderr.read() == ""
+
+
+def test_ctrl_c_is_a_request_and_fit_without_the_command_line_keeps_keyboard_interrupt(interrupt):
+    os.kill(os.getpid(), signal.SIGINT)
+    assert interrupt.reason == "Ctrl-C" and interrupt.fetch(iter(["batch"])) is None
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with Interrupt() as other, pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        other.fetch(blocked())
+
+
+def test_breaking_off_in_the_middle_of_a_batch_prints_nothing(monkeypatch, capfd):
+    """A signal may come while the rank takes a tensor from a worker: the worker's connection is then reset."""
+    loader = DataLoader(
+        torch.zeros(64, 1000), num_workers=1, multiprocessing_context=ForkContext(), worker_init_fn=_prepare_worker
+    )
+    batches = iter(loader)
+
+    def interrupted(*_):
+        raise _StopWaiting
+
+    monkeypatch.setattr("multiprocessing.connection.answer_challenge", interrupted)
+    with pytest.raises(_StopWaiting):
+        next(batches)
+    time.sleep(patience(0.5))  # for the worker to see it
+    end_workers(batches)
+    assert capfd.readouterr().err == ""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import patience
+from tests.conftest import ROOT, patience
 from tests.distributed.runs import metrics, read_weights
 from tests.slurm.conftest import STEPS
 
@@ -27,10 +28,18 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def straight(user) -> Path:
-    """An uninterrupted run, submitted by `dsmim submit`. The other runs are compared with it."""
+    """An uninterrupted run, submitted by `dsmim submit`. The other runs are compared with it.
+
+    Its ranks see neither Slurm's commands, as in a container, nor the environment of the user, only the profile's.
+    """
+    inside = user.home / "inside"
+    inside.mkdir()
+    (inside / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (inside / "python").chmod(0o755)
     (user.home / "profile.yaml").write_text(
-        f"cpus_per_task: 1\npartition: normal\nsetup: ['test -d {user.home}']\nenv: {{WORD: 'two words'}}\n"
-        "sbatch: [--comment=straight]\nsrun: [--label]\n"
+        f"cpus_per_task: 1\npartition: normal\nsetup: ['test -d {user.home}']\n"
+        f"env: {{WORD: 'two words', PYTHONPATH: {ROOT}, OMP_NUM_THREADS: 1, DS_ACCELERATOR: cpu}}\n"
+        f"container: env PATH={inside}\nsbatch: [--comment=straight, --export=NONE]\nsrun: [--label]\n"
     )
     words = ("dsmim", "submit", "r.yaml", "--nodes", 2, "--gpus-per-node", 1, "--time", round(patience(10)),
              "--profile", "profile.yaml")  # fmt: skip

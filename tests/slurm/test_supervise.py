@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from dsmim.cluster.placement import first_host
+from tests.cluster.test_placement import HOSTS
 from tests.slurm.conftest import TEMPLATES
 
 TWO = ("--nodes=2", "--ntasks-per-node=1", "--open-mode=append", "--requeue")
@@ -14,15 +18,17 @@ ALONE = "--nodes=1"
 
 @pytest.fixture
 def command(user):
-    """Submit a job that supervises `srun bash -c TEXT`."""
+    """Submit a job that supervises `srun bash -c TEXT`, as one of the run directory `run` if it has one."""
     script = user.home / "supervised.sbatch"
     script.write_text(
-        f'#!/bin/bash\nsource {TEMPLATES}/supervise.sh\nsupervise srun --kill-on-bad-exit=1 bash -c "$1"\n'
+        f"#!/bin/bash\nset -u\nexport WORD='of the script'\nsource {TEMPLATES}/supervise.sh\n"
+        '[ -z "${2:-}" ] || follow r.yaml --run-dir="$2"\n'
+        'supervise srun --kill-on-bad-exit=1 bash -c "$1"\n'
     )
 
-    def submit(text: str, *options: str, **env: str) -> int:
+    def submit(text: str, *options: str, run: str = "", **env: str) -> int:
         output = f"--output={user.home}/%j.out"
-        return user.cluster.sbatch(*TWO, *options, output, script, text, cwd=user.home, **env)
+        return user.cluster.sbatch(*TWO, *options, output, script, text, run, cwd=user.home, **env)
 
     return submit
 
@@ -53,7 +59,43 @@ def test_the_exit_code_decides(user, command):
     assert ended["fails"]["ExitCode"] == "143:0"
     assert [ended[name]["ExitCode"] for name in ("wrong", "may not", "not again")] == ["1:0", "75:0", "70:0"]
     assert "to resume, submit the same command again" in user.output(jobs["may not"])
-    assert "after 0 restarts: not requeued again" in user.output(jobs["not again"])
+    assert "after 0 restarts without a new checkpoint: not requeued again" in user.output(jobs["not again"])
+
+
+def test_restarts_are_limited_only_while_no_new_checkpoint_is_saved(user, command):
+    """Six sessions of a job that may be restarted twice without progress. The third one saves a checkpoint."""
+    run = user.home / "limited"
+    session = f"""
+        case ${{SLURM_RESTART_COUNT:-0}} in
+            0) mkdir -p {run}/checkpoints; exit 76 ;;
+            1) exit 70 ;;
+            2) printf step_00000009 >{run}/checkpoints/latest; exit 75 ;;
+            3) kill -9 $$ ;;
+            *) exit 75 ;;
+        esac"""
+    job = command(session, ALONE, run=run, DSMIM_RESTARTS="2")
+    for times in range(1, 6):
+        user.cluster.start_again(job, times)
+    state, output = user.cluster.wait(job, timeout=60), user.output(job)
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "75:0", "5"), output
+    assert len(re.findall(f"job {job}: requeued\n", output)) == 5
+    assert output.count("after 2 restarts without a new checkpoint: not requeued again") == 1
+    assert (run / "slurm/restarts").read_text() == f"{job} step_00000009 2\n"
+    for code, reason in ((76, "asked to stop before the first step"), (70, "a rank was lost (exit code 70)")):
+        assert output.count(f"job {job}: {reason}\n") == 1, (code, output)
+
+
+def test_ranks_get_the_environment_of_the_batch_shell_from_a_site_that_exports_none(user, command):
+    job = command('echo "word $WORD"', ALONE, "--export=NONE")
+    user.completed(job, timeout=60)
+    assert "word of the script\n" in user.output(job)
+
+
+def test_the_first_host_is_the_one_that_slurm_names(user):
+    for nodes, first in HOSTS:
+        if first is not None:
+            names = user.cluster.run("scontrol", "show", "hostnames", nodes).stdout.split()
+            assert names[0] == first == first_host(nodes)
 
 
 def test_a_cancelled_job_stays_cancelled(user, command):
