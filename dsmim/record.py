@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsmim.checkpoint.saved_layout import PARAMETER_ORDER
+from dsmim.data.decode import decoder_name
 from dsmim.data.order import stream_key
 from dsmim.engine.zero import StepResult
 from dsmim.health import replay
@@ -43,6 +44,7 @@ def checkpoint_state(session: Session, done: int) -> dict[str, Any]:
     return {
         "samples_consumed": session.consumed(done),
         "data_fingerprint": session.data.fingerprint,
+        "decoder": decoder_name(),
         "world_size": session.runtime.world_size,
         "zero_stage": session.engine.stage,
         "micro_batch": session.run.plan.micro_batch,

@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from dsmim.data.normalisation import as_stored
 from dsmim.engine.digest import sha256
 from dsmim.engine.runtime import Runtime
 
@@ -51,7 +52,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{checkpoint}: is not a checkpoint of dsmim ({error})") from None
     if state.get("format") != STATE_FORMAT:
         raise ValueError(f"{checkpoint}: written in format {state.get('format')}, this dsmim reads {STATE_FORMAT}")
-    return state
+    return state | ({"recipe": as_stored(state["recipe"])} if "recipe" in state else {})
 
 
 def candidates(folder: Path) -> list[Path]:

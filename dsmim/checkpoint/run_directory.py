@@ -5,11 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from dsmim.checkpoint import reading
+from dsmim.data.decode import decoder_name
+from dsmim.data.normalisation import settled
 from dsmim.engine.runtime import Runtime
 from dsmim.recipe import Recipe
 from dsmim.recipe.reading import differences
@@ -66,6 +69,13 @@ class RunDirectory:
         """
         return self.state["zero_stage"] == stage and (stage == 0 or self.state["world_size"] == world_size)
 
+    def settled(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with the normalisation that it leaves out: that of the run in this directory, if any."""
+        for checkpoint in reading.candidates(self.checkpoints):
+            with suppress(ValueError):  # open() says what is wrong with it
+                return settled(recipe, Recipe.model_validate(reading.read_state(checkpoint)["recipe"]))
+        return settled(recipe)
+
     def open(self, recipe: Recipe, data: str, runtime: Runtime, fork: bool) -> None:
         """Lock the directory and find the checkpoint to resume from. Collective.
 
@@ -96,7 +106,12 @@ def changes_of(state: dict[str, Any], recipe: Recipe, data: str) -> list[str]:
 
     state: of the checkpoint; data: fingerprint of the training shards.
     """
-    changes = differences(Recipe.model_validate(state["recipe"]), recipe)
+    before = Recipe.model_validate(state["recipe"])
+    changes = differences(settled(before), settled(recipe, before))
+    if state.get("decoder", decoder_name()) != decoder_name():
+        changes.append(
+            f"decoder: {state['decoder']} → {decoder_name()}: the same images have other pixels now, see docs/data.md"
+        )
     if state["data_fingerprint"] != data:
         changes.append("data.train: the shards are not those the run was started with")
     return changes
