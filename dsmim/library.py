@@ -30,7 +30,7 @@ from dsmim.recipe.reading import parse_recipe
 from dsmim.recipe.section import Section
 from dsmim.tasks import build_task
 from dsmim.tasks.base import ARCHITECTURE
-from dsmim.weights import files, heads, layouts
+from dsmim.weights import files, for_timm, heads, layouts
 from dsmim.weights.match import LoadReport, State, Weights, match
 
 _WANTED = "give a run directory, one of its checkpoints, or a file that `dsmim export` wrote"
@@ -82,8 +82,8 @@ class Loaded:
 def load(path: str | Path, name: str | None = None, *, ema: bool = False, **settings: Any) -> Loaded:
     """Load a trained network and the transform of its images.
 
-    path: a run directory (its newest valid checkpoint counts), a checkpoint, or a file that `dsmim export` wrote. They
-    say which network it is. ema: the moving average of a checkpoint's weights instead of the weights.
+    path: a run directory (its newest valid checkpoint counts), a checkpoint, or a file or folder that `dsmim export`
+    wrote. They say which network it is. ema: the moving average of a checkpoint's weights instead of the weights.
 
     The model is what was trained: the classifier, or after SimMIM pre-training the SimMIM, whose network is its
     `.encoder`. An export of a SimMIM run without mask token and decoder (`--to timm`) gives the encoder alone.
@@ -100,11 +100,11 @@ def load(path: str | Path, name: str | None = None, *, ema: bool = False, **sett
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or directory; {_WANTED}")
-    if path.is_dir():
+    if path.is_dir() and not (path / for_timm.CONFIG).is_file():
         return _from_run(path, ema, {"name": name, **settings} if name else settings)
     if ema:
         raise ValueError(f"{path}: ema=True is for runs and checkpoints; for a file, use `dsmim export --ema`")
-    weights = files.read(path)
+    weights = files.read(path / for_timm.WEIGHTS if path.is_dir() else path)
     return _from_export(weights, settings) if name is None else _from_others(weights, name, settings)
 
 
