@@ -15,8 +15,7 @@ import dsmim
 from dsmim.models import create_model
 from dsmim.models.vit import DeiT3
 from dsmim.weights.export import export
-from tests.conftest import dsmim as command
-from tests.conftest import image_bytes, make_shards, tiny_recipe
+from tests.conftest import image_bytes, make_shards, run, tiny_recipe
 from tests.weights.weight_files import VIT, run_directory, scrambled, timm_beit
 
 NETWORKS = {
@@ -142,13 +141,11 @@ def test_names_that_are_neither_a_file_nor_a_folder(tmp_path, layout, name):
 def test_standard_output_holds_the_line_alone(tmp_path):
     """Without DS_ACCELERATOR DeepSpeed warns, when it is imported, that it found no accelerator."""
     trained, _ = run_of(tmp_path, "deit")
-    done = command("export", run, tmp_path / "model.safetensors", DS_ACCELERATOR="")
+    done = run("env", "-u", "DS_ACCELERATOR", "dsmim", "export", trained, tmp_path / "model.safetensors")
     assert done.stdout.startswith("timm.create_model('deit3_base_patch16_224', ") and len(done.stdout.splitlines()) == 1
 
 
 def test_deepspeed_s_messages_are_on_standard_error():
-    from tests.conftest import run
-
     code = "import dsmim.engine, deepspeed; deepspeed.utils.logger.warning('said'); print('result')"
     done = run("python", "-c", code)
     assert done.stdout == "result\n" and "DeepSpeed: [WARNING] said\n" in done.stderr
