@@ -28,7 +28,6 @@ from dsmim.weights.match import State
 
 LAYOUTS = ("timm", "authors", "dsmim")
 SUFFIXES = (".safetensors", ".pth")
-_UNNAMED = "# no label_names: there is no classes.json for these classes beside data.train\n"
 _SETTINGS = ("img_size", "window_size", "pretrained_window_sizes", "extra_norm_every")
 
 
@@ -74,7 +73,7 @@ def _timm_folder(recipe: Recipe, weights: State, out: Path) -> tuple[State, dict
     config = for_timm.config(recipe, *_timm_arguments(recipe), _classes(recipe))
     out.mkdir(parents=True, exist_ok=True)
     (out / for_timm.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    unnamed = "" if "label_names" in config or recipe.task.name != "classify" else _UNNAMED
+    unnamed = "" if "label_names" in config or recipe.task.name != "classify" else for_timm.UNNAMED
     how_to_load = f"timm.create_model({f'local-dir:{out}'!r}, pretrained=True)"
     return state, _timm_metadata(recipe), left_out + unnamed + how_to_load
 

@@ -18,6 +18,7 @@ from dsmim.recipe import Recipe
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 """timm's names of the two files of a folder."""
+UNNAMED = "# no label_names: there is no classes.json for these classes beside data.train\n"
 _OF_THE_NETWORK = ("fixed_input_size", "first_conv", "classifier")
 
 
