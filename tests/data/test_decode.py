@@ -26,7 +26,7 @@ def rotated(kind: str, orientation: int = 6) -> bytes:
     return encoded(photo(), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_an_exif_orientation_turns_no_image(kind, channels):
     """The rule of docs/data.md: as torchvision's ImageFolder, with which the published models were trained."""
@@ -35,6 +35,14 @@ def test_an_exif_orientation_turns_no_image(kind, channels):
         assert image.getexif()[0x0112] == 6
     assert decode(data, channels).shape == (channels, 40, 48)
     assert torch.equal(decode(data, channels), decode(rotated(kind, 1), channels))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_the_orientation_of_a_tiff_is_applied(channels):
+    """It is a part of the format, no EXIF; Pillow has always turned these."""
+    upright = decode(rotated("TIFF", 1), channels)
+    assert upright.shape == (channels, 40, 48)
+    assert torch.equal(decode(rotated("TIFF"), channels), torch.rot90(upright, -1, (1, 2)))
 
 
 def test_the_decoder_s_name_holds_its_pixels(monkeypatch):

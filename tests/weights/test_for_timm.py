@@ -65,7 +65,7 @@ def test_a_folder_is_loaded_by_one_line_of_timm(tmp_path, network):
     assert line == f"timm.create_model('local-dir:{out}', pretrained=True)"
     theirs = eval(line, {"timm": timm}).eval()
     assert type(theirs).__module__.startswith("timm.")
-    found = resolve_data_config(model=theirs)
+    found = {key: tuple(v) if isinstance(v, list) else v for key, v in resolve_data_config(model=theirs).items()}
     size = NETWORKS[network]["img_size"]
     assert found == {
         "input_size": (3, size, size), "interpolation": "bilinear", "crop_pct": 0.8, "crop_mode": "center",
