@@ -51,8 +51,8 @@ def decode(data: Buffer, channels: int = 3) -> torch.Tensor:
     the name. 16-bit images are scaled to 8 bits; an animation gives its first frame; a palette is looked up as Pillow
     does; alpha is dropped, and with 4 channels it is 255 where an image has none; grey is the luma of ITU-R BT.601,
     which a JPEG stores. An EXIF orientation is not applied, as in torchvision's ImageFolder, with which the published
-    models were trained; the tag Orientation of a TIFF, a part of the format, is applied by Pillow. Raises Undecodable with the decoder's message, and for more than MAX_PIXELS; and ValueError
-    when torchvision has no decoder any more.
+    models were trained; the tag Orientation of a TIFF, a part of the format, is applied by Pillow. Raises Undecodable
+    with the decoder's message, and for more than MAX_PIXELS; and ValueError when torchvision has no decoder any more.
     """
     image_size(data)
     if not _fast(data, channels):
