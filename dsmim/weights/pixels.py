@@ -32,8 +32,8 @@ def normalisation_note(path: Path, layout: str, own: Normalisation) -> str | Non
         )
     if theirs is None or theirs == own or theirs.channels != own.channels:
         return None
-    fix = " ".join(f"data.{name}={json.dumps(list(getattr(theirs, name)))}" for name in ("mean", "std"))
-    return f"{path}: was trained on images normalised by {theirs}, this run has {own}; for the former set '{fix}'"
+    fix = " ".join(f"'data.{name}={list(getattr(theirs, name))}'" for name in ("mean", "std"))
+    return f"{path}: was trained on images normalised by {theirs}, this run has {own}; for the former set {fix}"
 
 
 def _trained_with(path: Path) -> Normalisation | None:

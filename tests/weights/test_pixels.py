@@ -50,8 +50,8 @@ def test_dsmim_s_own_weights_say_how_they_were_trained(trained, tmp_path):
     count = 0
     for path in sources(trained, tmp_path):
         note = normalisation_note(path, "", IMAGENET)
-        fix = "data.mean=[0.5, 0.5, 0.5] data.std=[0.25, 0.25, 0.25]"
-        assert str(path) in note and note.endswith(f"for the former set '{fix}'"), path
+        fix = "'data.mean=[0.5, 0.5, 0.5]' 'data.std=[0.25, 0.25, 0.25]'"
+        assert str(path) in note and note.endswith(f"for the former set {fix}"), path
         assert normalisation_note(path, "", HALF) is None
         count += 1
     assert count == 7
