@@ -13,49 +13,52 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 from timm.data import resolve_data_config
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
-from torchvision.transforms.v2 import functional as TF
 
 from dsmim.checkpoint import reading
-from dsmim.data.decode import Buffer, Undecodable, decode
-from dsmim.data.transforms import Channels, eval_crop, normalise
+from dsmim.data.decode import Buffer
+from dsmim.data.inputs import pixels_of
+from dsmim.data.normalisation import IMAGENET, Channels, Normalisation, as_stored, chosen_or_default, normalisation
+from dsmim.data.transforms import eval_crop
 from dsmim.evaluate import recipe_of, weights_for
 from dsmim.models import SimMIM, create_model, materialise
 from dsmim.models.foreign import PREFIX
-from dsmim.recipe import Augment, Model, Recipe
+from dsmim.recipe import Augment, Data, Model, Recipe
 from dsmim.recipe.errors import explain
+from dsmim.recipe.pixels import pixel_problems
 from dsmim.recipe.reading import parse_recipe
 from dsmim.recipe.section import Section
-from dsmim.shards.pixels import as_rgb
 from dsmim.tasks import build_task
 from dsmim.tasks.base import ARCHITECTURE
-from dsmim.weights import files, heads, layouts
+from dsmim.weights import files, for_timm, heads, layouts
 from dsmim.weights.match import LoadReport, State, Weights, match
 
 _WANTED = "give a run directory, one of its checkpoints, or a file that `dsmim export` wrote"
 _PREPARATION = ("eval_crop_ratio", "eval_interpolation")
+_NORMALISATION = ("mean", "std")
 
 
 @dataclass(frozen=True)
 class EvalTransform:
     """The preparation of an image for the network, as `dsmim evaluate` does it.
 
-    Takes encoded bytes, the path of an image file, a PIL image, or a uint8 tensor (3, H, W) or (1, H, W); gives float32
-    (3, img_size, img_size), normalised. Bytes and paths are decoded as in training. An EXIF orientation is not applied,
-    as in training. Raises ValueError for anything else, for an image without pixels, and for what no decoder reads.
+    Takes encoded bytes, the path of an image file, a PIL image, or a uint8 tensor (C, H, W) of the network's channels
+    (for 3, also of 1); gives float32 (C, img_size, img_size), normalised. Bytes and paths are decoded as in training.
+    An EXIF orientation is not applied, as in training. Raises ValueError for anything else, for an image without
+    pixels, and for what no decoder reads.
     """
 
     img_size: int
     augment: Augment
     """Of it, eval_crop_ratio and eval_interpolation count."""
-    mean: Channels = IMAGENET_DEFAULT_MEAN
-    std: Channels = IMAGENET_DEFAULT_STD
+    mean: Channels = IMAGENET.mean
+    """Per channel, of pixels from 0 to 1."""
+    std: Channels = IMAGENET.std
 
     def __call__(self, image: Buffer | str | Path | Image.Image | torch.Tensor) -> torch.Tensor:
-        pixels = _pixels(image)  # (3, H, W)
-        cropped = eval_crop(self.augment, self.img_size)(pixels)  # (3, img_size, img_size)
-        return normalise(cropped.unsqueeze(0), self.mean, self.std)[0]
+        pixels = pixels_of(image, len(self.mean))  # (C, H, W)
+        cropped = eval_crop(self.augment, self.img_size)(pixels)  # (C, img_size, img_size)
+        return Normalisation(self.mean, self.std)(cropped.unsqueeze(0))[0]
 
 
 @dataclass(frozen=True, eq=False)  # two networks are equal only if they are the same one
@@ -79,17 +82,17 @@ class Loaded:
 def load(path: str | Path, name: str | None = None, *, ema: bool = False, **settings: Any) -> Loaded:
     """Load a trained network and the transform of its images.
 
-    path: a run directory (its newest valid checkpoint counts), a checkpoint, or a file that `dsmim export` wrote. They
-    say which network it is. ema: the moving average of a checkpoint's weights instead of the weights.
+    path: a run directory (its newest valid checkpoint counts), a checkpoint, or a file or folder that `dsmim export`
+    wrote. They say which network it is. ema: the moving average of a checkpoint's weights instead of the weights.
 
     The model is what was trained: the classifier, or after SimMIM pre-training the SimMIM, whose network is its
     `.encoder`. An export of a SimMIM run without mask token and decoder (`--to timm`) gives the encoder alone.
 
     Other files do not say enough (an `--to authors` .pth among them). Name their network as create_model does:
     `dsmim.load(path, name="swinv2_base", img_size=192, window_size=12)`. Layouts are those of `model.weights` in a
-    recipe. `num_classes` is the file's; 0 leaves its head out. The transform follows the settings `eval_crop_ratio` and
-    `eval_interpolation`, which default to a recipe's (data.augment). For `timm:NAME` these two, img_size, mean and
-    standard deviation default to timm's own configuration of that network.
+    recipe. `num_classes` is the file's; 0 leaves its head out. The transform follows the settings `eval_crop_ratio`,
+    `eval_interpolation`, `mean` and `std`, which default to a recipe's (data.augment, data.mean). For `timm:NAME` these
+    and img_size default to timm's own configuration of that network.
 
     Raises ValueError, which names path and fix, when there are no such weights, or when any tensor of the network would
     stay untrained.
@@ -97,11 +100,11 @@ def load(path: str | Path, name: str | None = None, *, ema: bool = False, **sett
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or directory; {_WANTED}")
-    if path.is_dir():
+    if path.is_dir() and not (path / for_timm.CONFIG).is_file():
         return _from_run(path, ema, {"name": name, **settings} if name else settings)
     if ema:
         raise ValueError(f"{path}: ema=True is for runs and checkpoints; for a file, use `dsmim export --ema`")
-    weights = files.read(path)
+    weights = files.read(path / for_timm.WEIGHTS if path.is_dir() else path)
     return _from_export(weights, settings) if name is None else _from_others(weights, name, settings)
 
 
@@ -126,7 +129,7 @@ def _from_export(weights: Weights, settings: dict[str, Any]) -> Loaded:
             f"give the network as create_model takes it, for example {example}"
         )
     _refuse(settings, f"{weights.source}: the file says which network it is")
-    recipe = parse_recipe(_parsed(told, weights.source), weights.source)
+    recipe = parse_recipe(as_stored(_parsed(told, weights.source)), weights.source)
     model = build_task(_for_inference(recipe)).model
     if isinstance(model, SimMIM) and not any(key.endswith("mask_token") for key in weights.tensors):
         model = model.encoder
@@ -136,15 +139,16 @@ def _from_export(weights: Weights, settings: dict[str, Any]) -> Loaded:
 
 
 def _from_others(weights: Weights, name: str, settings: dict[str, Any]) -> Loaded:
-    known = [*ARCHITECTURE, "num_classes", *_PREPARATION]
+    known = [*ARCHITECTURE, "num_classes", *_PREPARATION, *_NORMALISATION]
     if unknown := sorted(settings.keys() - set(known)):
         raise ValueError(f"dsmim.load has no setting {unknown[0]}; with name= there are {', '.join(known)}")
     architecture = {key: settings[key] for key in ARCHITECTURE if settings.get(key) is not None}
     preparation = {key: settings[key] for key in _PREPARATION if key in settings}
     _check(Model, {"name": name, "img_size": 1} | architecture)  # a network of timm may set its own img_size
     _check(Augment, preparation)
+    pixels = _chosen_normalisation(name, architecture, {key: settings.get(key) for key in _NORMALISATION})
     model = create_model(name, "meta", num_classes=0, **architecture)
-    transform = _transform_of_others(name, model, architecture.get("img_size"), preparation, weights.source)
+    transform = _transform_of_others(name, model, architecture.get("img_size"), preparation, pixels, weights.source)
     classes = _chosen_classes(settings["num_classes"]) if "num_classes" in settings else _classes(weights, model)
     if classes:
         model = create_model(name, "meta", num_classes=classes, **architecture)
@@ -176,21 +180,31 @@ def _for_inference(recipe: Recipe) -> Recipe:
 
 
 def _transform(recipe: Recipe) -> EvalTransform:
-    return EvalTransform(recipe.model.img_size, recipe.data.augment)
+    pixels = normalisation(recipe)
+    return EvalTransform(recipe.model.img_size, recipe.data.augment, pixels.mean, pixels.std)
+
+
+def _chosen_normalisation(name: str, architecture: dict[str, Any], chosen: dict[str, Any]) -> Normalisation:
+    """Return the normalisation of a network that no recipe describes."""
+    _check(Data, chosen)
+    network, data = Model(**{"name": name, "img_size": 1} | architecture), Data(**chosen)
+    if problems := pixel_problems(network.in_chans, data):
+        raise ValueError(f"dsmim.load: {'; '.join(problems)}")
+    return chosen_or_default(network, data)
 
 
 def _transform_of_others(
-    name: str, network: nn.Module, img_size: int | None, chosen: dict[str, Any], source: str
+    name: str, network: nn.Module, img_size: int | None, chosen: dict[str, Any], pixels: Normalisation, source: str
 ) -> EvalTransform:
     if not name.startswith(PREFIX):
         if img_size is None:
             raise ValueError(f"{source}: does not say for which images its weights are; give img_size, their side")
-        return EvalTransform(img_size, Augment(**chosen))
+        return EvalTransform(img_size, Augment(**chosen), pixels.mean, pixels.std)
     theirs = resolve_data_config(model=network)
     if theirs["crop_mode"] != "center":
         raise ValueError(f"{name}: timm prepares its images by {theirs['crop_mode']!r}, dsmim crops the centre only")
     own = {"eval_crop_ratio": theirs["crop_pct"], "eval_interpolation": theirs["interpolation"]}
-    return EvalTransform(img_size or theirs["input_size"][-1], Augment(**own | chosen), theirs["mean"], theirs["std"])
+    return EvalTransform(img_size or theirs["input_size"][-1], Augment(**own | chosen), pixels.mean, pixels.std)
 
 
 def _classes(weights: Weights, headless: nn.Module) -> int:
@@ -246,44 +260,3 @@ def _parsed(told: Any, source: str) -> dict[str, Any]:
         return json.loads(told)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source}: the recipe in its metadata cannot be read ({error}); export it again") from None
-
-
-def _pixels(image: Buffer | str | Path | Image.Image | torch.Tensor) -> torch.Tensor:
-    """Return (3, H, W) uint8 in channels-last memory, as `decode` does."""
-    if isinstance(image, Image.Image):
-        return _rgb_of_pillow(image)
-    if isinstance(image, torch.Tensor):
-        return _rgb_tensor(image)
-    if isinstance(image, Buffer):
-        return decode(image)
-    if not isinstance(image, (str, Path)):
-        raise ValueError(f"an image is bytes, a path, a PIL image or a uint8 tensor (3, H, W), not {type(image)}")
-    try:
-        return decode(Path(image).read_bytes())
-    except OSError as error:
-        raise ValueError(f"{image}: cannot be read ({error.strerror})") from None
-    except Undecodable as error:
-        raise Undecodable(f"{image}: cannot be decoded: {error}") from None
-
-
-def _rgb_of_pillow(image: Image.Image) -> torch.Tensor:
-    _check_size(image.height, image.width)
-    try:
-        return TF.pil_to_tensor(as_rgb(image))
-    except Exception as error:  # an opened file is decoded here; Pillow's plug-ins may raise anything for damaged files
-        raise Undecodable(f"{getattr(image, 'filename', '') or 'an image'}: cannot be decoded: {error}") from None
-
-
-def _rgb_tensor(image: torch.Tensor) -> torch.Tensor:
-    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) not in (1, 3):
-        raise ValueError(
-            f"an image is a uint8 tensor (3, H, W) or (1, H, W) of values 0 to 255, not {image.dtype} "
-            f"{tuple(image.shape)}; leave out normalisation, and the alpha channel"
-        )
-    _check_size(*image.shape[1:])
-    return image.expand(3, -1, -1).permute(1, 2, 0).contiguous().permute(2, 0, 1)
-
-
-def _check_size(height: int, width: int) -> None:
-    if not height or not width:
-        raise ValueError(f"an image is at least one pixel high and wide, not {height} × {width} (height × width)")

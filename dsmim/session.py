@@ -6,6 +6,7 @@ Each stage succeeds on every rank or raises Stopped on every rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -23,6 +24,7 @@ from dsmim.recipe import Recipe
 from dsmim.tasks import Task, build_task
 from dsmim.weights.files import warm_start
 from dsmim.weights.match import State
+from dsmim.weights.pixels import normalisation_note
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def open_run(recipe: Recipe, directory: RunDirectory, task: Task, data: RunData,
         )  # fmt: skip
     for note in directory.notes:
         log.say(note)
+    log.say(f"images: {task.normalise.channels} channels, normalised by {task.normalise}")
     return Run(directory, steps, log)
 
 
@@ -142,8 +145,11 @@ def _initial_weights(recipe: Recipe, task: Task, run: Run, runtime: Runtime) -> 
     if run.directory.resume_from is not None or settings.weights is None:
         return None
     with runtime.all_or_none():
-        report, weights = None, None
+        report, weights, note = None, None, None
         if runtime.is_rank_zero:
             report, weights = warm_start(task.model, settings.weights, settings.weights_head)
+            note = normalisation_note(Path(settings.weights), report.layout, task.normalise)
     run.log.say(f"weights from {settings.weights}: {report}")
+    if note:
+        run.log.say(note)
     return weights

@@ -43,7 +43,7 @@ def fit(recipe: Recipe, run_dir: str | Path, fork: bool = False, interrupt: Inte
         runtime.monitor.watch_peers(lambda: interrupt.signalled)
         end = runtime.on_rank_zero(lambda: end_of_job(os.environ))
         interrupt.stop_before(end, recipe.checkpoint.before_end_minutes)
-        recipe = runtime.on_rank_zero(lambda: directory.find_shards(recipe))
+        recipe = runtime.on_rank_zero(lambda: directory.completed(recipe))
         task, data = open_data(recipe, runtime)
         run = open_run(recipe, directory, task, data, runtime, fork)
         engine = build_engine(recipe, task, run, runtime)

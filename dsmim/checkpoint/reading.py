@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dsmim.data.normalisation import as_stored
 from dsmim.engine.digest import sha256
 from dsmim.engine.runtime import Runtime
 
@@ -61,7 +62,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{checkpoint}: is not a checkpoint of dsmim ({error})") from None
     if state.get("format") != STATE_FORMAT:
         raise ValueError(f"{checkpoint}: written in format {state.get('format')}, this dsmim reads {STATE_FORMAT}")
-    return state
+    return state | ({"recipe": as_stored(state["recipe"])} if "recipe" in state else {})
 
 
 def validation_of(checkpoint: Path) -> dict[str, float]:

@@ -13,11 +13,15 @@ from typing import Any, TextIO
 from dsmim.checkpoint import reading
 from dsmim.checkpoint.failed_start import Before
 from dsmim.checkpoint.recorded_paths import find_recipe_shards
+from dsmim.data.normalisation import settled
 from dsmim.engine.runtime import Runtime
 from dsmim.recipe import Recipe
 from dsmim.recipe.reading import differences
 
-IDENTITY = {"data_fingerprint": "data.train: the shards are not those the run was started with"}
+IDENTITY = {
+    "data_fingerprint": "data.train: the shards are not those the run was started with",
+    "decoder": "decoder: {old} → {new}: the same images have other pixels now, see docs/data.md",
+}
 """Keys of state.json that a resume compares besides the recipe, and what to say if one differs ({old} and {new} are its
 values)."""
 
@@ -80,13 +84,17 @@ class RunDirectory:
         """
         return self.state["zero_stage"] == stage and (stage == 0 or self.state["world_size"] == world_size)
 
-    def find_shards(self, recipe: Recipe) -> Recipe:
-        """Return the recipe with paths that lead to the shards, also when this start is made in another folder than the
-        run's first; see find_shards in recorded_paths.py."""
+    def completed(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with what the run in this directory, if any, decides.
+
+        That is the normalisation where the recipe leaves it out, and paths that lead to the shards, also when this
+        start is made in another folder than the run's first; see find_shards in recorded_paths.py.
+        """
         for checkpoint in reading.candidates(self.checkpoints):
-            with suppress(ValueError):
-                return find_recipe_shards(recipe, reading.read_state(checkpoint))
-        return recipe
+            with suppress(ValueError):  # open() says what is wrong with it
+                state = reading.read_state(checkpoint)
+                return find_recipe_shards(settled(recipe, Recipe.model_validate(state["recipe"])), state)
+        return settled(recipe)
 
     def open(self, recipe: Recipe, identity: dict[str, str], runtime: Runtime, fork: bool) -> None:
         """Lock the directory and find the checkpoint to resume from. Collective.
@@ -124,7 +132,8 @@ def changes_of(state: dict[str, Any], recipe: Recipe, identity: dict[str, str]) 
 
     state: of the checkpoint. What it does not have, because an older dsmim wrote it, is not compared.
     """
-    changes = differences(Recipe.model_validate(state["recipe"]), recipe)
+    before = Recipe.model_validate(state["recipe"])
+    changes = differences(settled(before), settled(recipe, before))
     other = [key for key, value in identity.items() if state.get(key, value) != value]
     return changes + [IDENTITY[key].format(old=state[key], new=identity[key]) for key in other]
 

@@ -25,7 +25,7 @@ def add_export(commands) -> None:
     _add_checkpoint(export)
     layouts = "timm (default), the authors of the network, or dsmim with all that another run starts from"
     export.add_argument("--to", choices=["timm", "authors", "dsmim"], default="timm", help=f"whose names: {layouts}")
-    export.add_argument("out", type=Path, help="the file to write: .safetensors or .pth")
+    export.add_argument("out", type=Path, help="the file to write, .safetensors or .pth; --to timm: or a folder")
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dsmim.data.decode import decoder_name
 from dsmim.data.reader import ShardReader
 from dsmim.recipe import Data, required
 from dsmim.shards.cache import ShardCache
@@ -30,7 +31,7 @@ def identity(shards: list[ShardIndex]) -> dict[str, str]:
 
     state.json holds it, and a resume compares it: see IDENTITY in checkpoint/run_directory.py.
     """
-    return {"data_fingerprint": fingerprint(shards)}
+    return {"data_fingerprint": fingerprint(shards), "decoder": decoder_name()}
 
 
 def open_reader(data: Data, shards: list[ShardIndex], window: int) -> ShardReader:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dsmim.recipe.section import Count, Positive, Section, Share
+from dsmim.recipe.section import Count, Positive, Section, Share, per_channel
 
 
 class Augment(Section):
@@ -69,6 +69,12 @@ class Data(Section):
     max_undecodable: Share = 0.01
     """Stop training when more than this share of the images seen cannot be decoded (before the end of the first epoch:
     of the images of one epoch)."""
+    mean: per_channel(ge=0, le=1) | None = None
+    """Mean of the pixels, on a scale from 0 to 1, which is subtracted: one number for each channel of the image, or one
+    for all. null: that of the run at a resume; for a new run timm's for timm:NAME, else ImageNet's (with one channel:
+    the average of the three)."""
+    std: per_channel(gt=0, le=1) | None = None
+    """Standard deviation of the pixels, by which they are divided, like data.mean."""
     augment: Augment = Augment()
 
 

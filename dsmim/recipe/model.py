@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from dsmim.recipe.section import Count, Section
+
+
+def _decodable(channels: int) -> int:
+    if channels not in (1, 3, 4):
+        raise ValueError("images are decoded to 1 channel (grey), 3 (RGB) or 4 (RGBA)")
+    return channels
 
 
 class Model(Section):
@@ -16,6 +22,8 @@ class Model(Section):
     """A name that `dsmim.models.create_model` knows, or timm:NAME for any network of timm (fine-tuning only)."""
     img_size: Count
     """Side of the square input in pixels."""
+    in_chans: Annotated[int, AfterValidator(_decodable)] = 3
+    """Channels of the input, to which every image is decoded: 1 (grey), 3 (RGB) or 4 (RGBA)."""
     window_size: Count | None = None
     """Swin V2: side of the attention window in tokens (limited to the feature map)."""
     drop_path_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from dsmim.recipe.errors import RecipeError, explain, nearest
+from dsmim.recipe.pixels import pixel_problems
 from dsmim.recipe.schema import Recipe
 
 # Keys that may differ when a run resumes: they change its speed, or what is seen of it, not what it learns. data.train
@@ -131,7 +132,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
         problems.append(
             "batch: mixup and CutMix pair neighbours: batch.global_batch and batch.micro_batch must be even"
         )
-    return problems
+    return problems + pixel_problems(recipe.model.in_chans, recipe.data)
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, (int, float)) else list(value) if isinstance(value, tuple) else value
+
+
+def per_channel(**limits: float) -> Any:
+    """Return the type of one number per channel of an image, each within `limits`; a single number may stand alone."""
+    return Annotated[list[Annotated[float, Field(**limits)]], Field(min_length=1), BeforeValidator(_listed)]
 
 
 class Section(BaseModel):

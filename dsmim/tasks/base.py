@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dsmim.data.decode import Buffer
+from dsmim.data.normalisation import Normalisation
 from dsmim.models import Recompute, compile_blocks, create_model, materialise, set_recompute
 from dsmim.recipe import Recipe
 
@@ -30,6 +31,8 @@ class Task(ABC):
 
     model: nn.Module
     """Its parameters take no memory before `fill`."""
+    normalise: Normalisation
+    """Images (B, C, H, W) uint8 → float32, as the model takes them."""
     layers: dict[str, int]
     """Parameter name → layer id, for layer-wise learning-rate decay."""
     figures: tuple[str, ...]

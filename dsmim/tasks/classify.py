@@ -6,7 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from dsmim.data.decode import Buffer
-from dsmim.data.transforms import Transform, eval_transform, normalise, train_transform
+from dsmim.data.normalisation import normalisation
+from dsmim.data.transforms import Transform, eval_transform, train_transform
 from dsmim.models import layer_ids
 from dsmim.recipe import Recipe
 from dsmim.tasks.base import Batch, Forward, Task, encoder_from
@@ -31,9 +32,9 @@ class Classify(Task):
         self.classes = recipe.task.num_classes
         self.model = encoder_from(recipe, num_classes=self.classes)
         self.layers = layer_ids(self.model)
-        augment, size = recipe.data.augment, recipe.model.img_size
-        self.train_sample = _LabelledSample(train_transform(augment, size))
-        self.eval_sample = _LabelledSample(eval_transform(augment, size))
+        augment, size, self.normalise = recipe.data.augment, recipe.model.img_size, normalisation(recipe)
+        self.train_sample = _LabelledSample(train_transform(augment, size, self.normalise))
+        self.eval_sample = _LabelledSample(eval_transform(augment, size, recipe.model.in_chans))
 
     def check_micro_batch(self, size: int) -> None:
         """Raise ValueError for an odd size with mixup or CutMix, which pair neighbours."""
@@ -44,7 +45,7 @@ class Classify(Task):
 
     def training_loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Return the mean cross entropy over soft targets, after mixup or CutMix."""
-        images, targets = normalise(batch["image"]), self._targets(batch["label"])
+        images, targets = self.normalise(batch["image"]), self._targets(batch["label"])
         if self.settings.mixup or self.settings.cutmix:
             images, targets = mix(images, targets, self.settings, self.seed, batch["step"])
         logits = forward(images).float()  # (B, classes)
@@ -52,7 +53,8 @@ class Classify(Task):
 
     def validation_sums(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Return (3,) float64: weighted sums of cross entropy (hard labels), right answers and samples."""
-        logits, labels, weight = forward(normalise(batch["image"])).float(), batch["label"], batch["weight"].double()
+        labels, weight = batch["label"], batch["weight"].double()
+        logits = forward(self.normalise(batch["image"])).float()  # (B, classes)
         losses = F.cross_entropy(logits, labels, reduction="none").double()  # (B,)
         right = (logits.argmax(dim=-1) == labels).double()
         return torch.stack([(losses * weight).sum(), (right * weight).sum(), weight.sum()])

@@ -6,7 +6,8 @@ import torch
 
 from dsmim.data.decode import Buffer
 from dsmim.data.masking import RandomMask
-from dsmim.data.transforms import Transform, eval_transform, normalise, train_transform
+from dsmim.data.normalisation import normalisation
+from dsmim.data.transforms import Transform, eval_transform, train_transform
 from dsmim.models import SimMIM, layer_ids
 from dsmim.recipe import Recipe
 from dsmim.tasks.base import Batch, Forward, Task, encoder_from
@@ -36,16 +37,17 @@ class MaskedImageModelling(Task):
         outer = {name: top for name, _ in self.model.named_parameters() if name not in inner}
         self.layers = inner | outer | {"mask_token": 0}
         augment, size, patch = recipe.data.augment, recipe.model.img_size, self.model.patch
-        self.train_sample = _MaskedSample(recipe, patch, train_transform(augment, size))
-        self.eval_sample = _MaskedSample(recipe, patch, eval_transform(augment, size))
+        self.normalise = normalisation(recipe)
+        self.train_sample = _MaskedSample(recipe, patch, train_transform(augment, size, self.normalise))
+        self.eval_sample = _MaskedSample(recipe, patch, eval_transform(augment, size, recipe.model.in_chans))
 
     def training_loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Return SimMIM's mean L1 error of the hidden pixels."""
-        return forward(normalise(batch["image"]), batch["mask"])
+        return forward(self.normalise(batch["image"]), batch["mask"])
 
     def validation_sums(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Return (3,) float64: weighted sums of absolute errors, hidden values (pixels × channels) and samples."""
-        images, mask, weight = normalise(batch["image"]), batch["mask"], batch["weight"].double()
+        images, mask, weight = self.normalise(batch["image"]), batch["mask"], batch["weight"].double()
         errors = forward(images, mask, reduction="image_sum").double()  # (B,)
         values = self.model.hidden_pixels(mask).sum(dim=(1, 2, 3)) * images.shape[1]  # (B,)
         return torch.stack([(errors * weight).sum(), (values * weight).sum(), weight.sum()])

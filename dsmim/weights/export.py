@@ -1,6 +1,7 @@
 """`dsmim export`: write a checkpoint's weights for tools that don't know DeepSpeed, or for the start of another run.
 
-timm      timm's names, which are also dsmim's; without mask token and decoder, which timm does not have
+timm      timm's names, which are also dsmim's; without mask token and decoder, which timm does not have; a file, or a
+          folder with timm's config.json
 authors   Swin V2: as the authors of SimMIM and Swin V2 release them, with their buffers; DeiT III: as
           facebookresearch/deit
 dsmim     dsmim's names, everything
@@ -17,11 +18,12 @@ import torch
 from safetensors.torch import save_file
 
 from dsmim.checkpoint import reading, zero_shards
+from dsmim.data.normalisation import settled
 from dsmim.models import create_model, timm_arguments
 from dsmim.models.foreign import PREFIX
 from dsmim.models.swin_v2 import SwinTransformerV2
 from dsmim.recipe import Recipe
-from dsmim.weights import layouts
+from dsmim.weights import for_timm, layouts
 from dsmim.weights.match import State
 
 LAYOUTS = ("timm", "authors", "dsmim")
@@ -33,28 +35,65 @@ def export(path: Path, out: Path, layout: str = "timm", which: str = "fp32") -> 
     """Write the fp32 weights of a checkpoint, or of a run's newest valid checkpoint, in a layout.
 
     Return the line that loads the file. which: "fp32", or "ema" for the moving average. The suffix of `out` decides the
-    kind of file: .safetensors, or .pth, written by torch.save({"model": …}). Raises ValueError when path is not a
-    checkpoint, or the network has no such layout.
+    kind of file: .safetensors, or .pth, written by torch.save({"model": …}). In timm's layout it may also be a folder:
+    one that exists, or a name without suffix; see for_timm.py. Raises ValueError when path is not a checkpoint, or the
+    network has no such layout.
     """
     assert layout in LAYOUTS, layout
-    if out.suffix not in SUFFIXES:
-        raise ValueError(f"{out}: the suffix decides the kind of file; it must be one of {', '.join(SUFFIXES)}")
+    folder = layout == "timm" and (out.is_dir() or not out.suffix)
+    if out.suffix not in SUFFIXES and not folder:
+        raise ValueError(
+            f"{out}: the suffix decides the kind of file; it must be one of {', '.join(SUFFIXES)} (--to timm: or none, "
+            "for a folder)"
+        )
     found = reading.locate(path)
-    recipe = Recipe.model_validate(reading.read_state(found)["recipe"])
-    write = {"timm": _timm, "authors": _authors, "dsmim": _dsmim}[layout]
+    recipe = settled(Recipe.model_validate(reading.read_state(found)["recipe"]))
+    write = {"timm": _timm_folder if folder else _timm, "authors": _authors, "dsmim": _dsmim}[layout]
     state, metadata, how_to_load = write(recipe, zero_shards.read_weights(found, which), out)
     metadata |= {"source": recipe.name, "recipe": json.dumps(_learned(recipe))}
-    _save(state, {"format": "pt", **metadata}, out, bare=layout == "authors")
+    file = out / for_timm.WEIGHTS if folder else out
+    _save(state, {"format": "pt", **metadata}, file, bare=layout == "authors")
     return how_to_load
 
 
 def _timm(recipe: Recipe, weights: State, out: Path) -> tuple[State, dict[str, str], str]:
-    entry, arguments = timm_arguments(recipe.model.name, num_classes=_classes(recipe), **_settings(recipe))
-    arguments = {key: value for key, value in arguments.items() if value is not None}
+    entry, arguments = _timm_arguments(recipe)
     state, left_out = _encoder(weights)
-    listed = "".join(f"{key}={value!r}, " for key, value in arguments.items())
-    metadata = {"architecture": entry, "model_args": json.dumps(arguments, default=repr)}
-    return state, metadata, f"{left_out}timm.create_model({entry!r}, {listed}checkpoint_path={str(out)!r})"
+    prepared = for_timm.preparation(recipe, _classes(recipe))
+    listed = "".join(f"{key}={_code(value)}, " for key, value in arguments.items())
+    how_to_load = (
+        f"timm.create_model({entry!r}, {listed}checkpoint_path={str(out)!r}, pretrained_cfg_overlay={prepared!r})"
+    )
+    return state, _timm_metadata(recipe), left_out + how_to_load
+
+
+def _timm_folder(recipe: Recipe, weights: State, out: Path) -> tuple[State, dict[str, str], str]:
+    """Write config.json too."""
+    state, left_out = _encoder(weights)
+    config = for_timm.config(recipe, *_timm_arguments(recipe), _classes(recipe))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / for_timm.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    unnamed = "" if "label_names" in config or recipe.task.name != "classify" else for_timm.UNNAMED
+    how_to_load = f"timm.create_model({f'local-dir:{out}'!r}, pretrained=True)"
+    return state, _timm_metadata(recipe), left_out + unnamed + how_to_load
+
+
+def _timm_arguments(recipe: Recipe) -> tuple[str, dict[str, Any]]:
+    entry, arguments = timm_arguments(recipe.model.name, num_classes=_classes(recipe), **_settings(recipe))
+    return entry, {key: value for key, value in arguments.items() if value is not None}
+
+
+def _timm_metadata(recipe: Recipe) -> dict[str, str]:
+    entry, arguments = _timm_arguments(recipe)
+    prepared = json.dumps(for_timm.preparation(recipe, _classes(recipe)))
+    return {
+        "architecture": entry, "model_args": json.dumps(arguments, default=repr), "pretrained_cfg": prepared
+    }  # fmt: skip
+
+
+def _code(value: Any) -> str:
+    """Return Python code for an argument; a class is one of timm's, such as the kind of block."""
+    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else repr(value)
 
 
 def _dsmim(recipe: Recipe, weights: State, out: Path) -> tuple[State, dict[str, str], str]:
@@ -128,7 +167,7 @@ def _learned(recipe: Recipe) -> dict[str, Any]:
     training; not where files are."""
     kept = dict.fromkeys(("name", "seed", "task", "model", "batch", "optim", "schedule"), True)
     return recipe.model_dump(
-        mode="json", include=kept | {"data": {"augment"}}, exclude={"model": {"weights", "weights_head"}}
+        mode="json", include=kept | {"data": {"augment", "mean", "std"}}, exclude={"model": {"weights", "weights_head"}}
     )
 
 

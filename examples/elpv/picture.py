@@ -11,7 +11,6 @@ from torchvision.utils import make_grid
 from dsmim.checkpoint import reading
 from dsmim.data.dataset import EvalDataset, collate
 from dsmim.data.from_recipe import open_reader, validation_shards
-from dsmim.data.transforms import normalise
 from dsmim.evaluate import recipe_of, weights_for
 from dsmim.models.simmim import sliding_statistics
 from dsmim.tasks import build_task
@@ -33,19 +32,12 @@ def draw(run_dir: Path, out: Path) -> None:
     data = EvalDataset(open_reader(recipe.data, validation_shards(recipe.data), window=1), task.eval_sample, None)
     batch = collate([data[(number, 1.0)] for number in range(IMAGES)])
     images, hidden = batch["image"], task.model.hidden_pixels(batch["mask"])  # (8, 3, S, S) uint8, (8, 1, S, S)
-    scaled = normalise(images)
+    scaled = task.normalise(images)
     prediction = task.model.eval().reconstruct(scaled, batch["mask"])
     if recipe.task.target_window:
         mean, deviation = sliding_statistics(scaled, recipe.task.target_window)
         prediction = prediction * deviation + mean
-    slope, offset = _denormalisation(images)
-    pixels = ((prediction - offset) / slope).round().clamp(0, 255).byte()
+    pixels = task.normalise.undo(prediction)
     masked = torch.where(hidden, torch.full_like(images, GREY), images)
     rows = torch.stack([images, masked, torch.where(hidden, pixels, images)], dim=1).flatten(0, 1)
     write_png(make_grid(rows, nrow=3 * 2, padding=3, pad_value=255), str(out))
-
-
-def _denormalisation(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the slope and offset per channel, (1, C, 1, 1) each, of `normalise`, which is affine."""
-    black, white = (normalise(torch.full_like(images[:1, :, :1, :1], value)) for value in (0, 255))
-    return (white - black) / 255, black

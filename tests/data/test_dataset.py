@@ -14,9 +14,10 @@ from torchvision.transforms.v2 import functional as TF
 from dsmim.data.dataset import EvalDataset, collate
 from dsmim.data.decode import Undecodable, decode
 from dsmim.data.loader import eval_loader, train_loader
+from dsmim.data.normalisation import IMAGENET
 from dsmim.data.reader import DataError, ShardReader
 from dsmim.data.streams import seeded
-from dsmim.data.transforms import eval_transform, normalise, train_transform
+from dsmim.data.transforms import eval_transform, train_transform
 from dsmim.recipe import Augment
 from dsmim.shards.index import write_index
 from dsmim.shards.opening import open_shards
@@ -142,7 +143,7 @@ def test_normalise_is_imagenet_s():
     expected = (images.float() / 255 - torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)) / torch.tensor(
         [0.229, 0.224, 0.225]
     ).view(1, 3, 1, 1)
-    assert torch.allclose(normalise(images), expected, atol=1e-6)
+    assert torch.allclose(IMAGENET(images), expected, atol=1e-6)
 
 
 def test_eval_transform_is_resize_and_centre_crop():

@@ -1,0 +1,73 @@
+"""What timm must know beside the weights, so that its own create_transform prepares images as `dsmim evaluate` does.
+
+timm reads nothing from a weight file's metadata. It takes this from `pretrained_cfg_overlay=`, and from the config.json
+of a folder, `timm.create_model("local-dir:FOLDER", pretrained=True)`, the layout of models on the Hugging Face Hub.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import split_model_name_tag
+
+from dsmim.data.normalisation import normalisation
+from dsmim.recipe import Recipe
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+"""timm's names of the two files of a folder."""
+UNNAMED = "# no label_names: there is no classes.json for these classes beside data.train\n"
+_OF_THE_NETWORK = ("fixed_input_size", "first_conv", "classifier")
+
+
+def preparation(recipe: Recipe, classes: int) -> dict[str, Any]:
+    """Return the entries of timm's pretrained_cfg that say how images are prepared, and the number of classes."""
+    size, augment, pixels = recipe.model.img_size, recipe.data.augment, normalisation(recipe)
+    return {
+        "input_size": (pixels.channels, size, size),
+        "interpolation": augment.eval_interpolation,
+        "crop_pct": augment.eval_crop_ratio,
+        "crop_mode": "center",
+        "mean": pixels.mean,
+        "std": pixels.std,
+        "num_classes": classes,
+    }
+
+
+def config(recipe: Recipe, entry: str, arguments: dict[str, Any], classes: int) -> dict[str, Any]:
+    """Return the content of config.json for the network that timm.create_model(entry, **arguments) builds.
+
+    Raises ValueError for arguments that JSON cannot hold.
+    """
+    architecture, _ = split_model_name_tag(entry)
+    odd = [key for key, value in arguments.items() if isinstance(value, type)]
+    if odd:
+        raise ValueError(
+            f"{recipe.model.name}: a folder for timm cannot hold its argument {odd[0]}; export a .safetensors file and "
+            "use the line that is printed"
+        )
+    network = timm.get_pretrained_cfg(entry, allow_unregistered=True).to_dict()
+    kept = {key: network[key] for key in _OF_THE_NETWORK if key in network}
+    names = label_names(recipe)
+    return {
+        "architecture": architecture,
+        "num_classes": classes,
+        "model_args": arguments,
+        "pretrained_cfg": kept | preparation(recipe, classes),
+    } | ({"label_names": names} if names else {})
+
+
+def label_names(recipe: Recipe) -> list[str]:
+    """Return the names in classes.json beside the shards of data.train; an empty list if there is none for as many
+    classes."""
+    if recipe.task.name != "classify":
+        return []
+    patterns = recipe.data.train or []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        file = Path(pattern).parent / "classes.json"
+        names = json.loads(file.read_text()) if file.is_file() else []
+        if len(names) == recipe.task.num_classes:
+            return names
+    return []
