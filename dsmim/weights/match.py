@@ -13,7 +13,7 @@ from torch import nn
 
 from dsmim.models.simmim import SimMIM
 from dsmim.models.swin_v2 import SwinTransformerV2
-from dsmim.weights import heads, positions, swin_windows
+from dsmim.weights import channels, heads, positions, swin_windows
 from dsmim.weights.layouts import MIM_ONLY, Native, to_native
 from dsmim.weights.swin_windows import Windows
 
@@ -82,6 +82,7 @@ def match(model: nn.Module, weights: Weights, head: str | None = None) -> tuple[
     _check_swin(network, native, weights, report)
     report.changed |= heads.settle(head, native, network, shapes, source)
     _drop_without_place(native, shapes)
+    report.changed |= channels.adapt(native, network, shapes, source)
     report.changed |= positions.adapt(native, network, source)
     report.fresh = sorted(names[name] for name in shapes if name not in native.tensors)
     _check_complete(native, shapes, _may_be_fresh(native, network, shapes), source)
