@@ -42,4 +42,5 @@ class Model(Section):
     BEiT."""
     weights_head: str | None = None
     """What to do with the classifier of the weights; needed if the model has one too: keep, drop (use a new one),
-    imagenet22k or imagenet22k-ms (take the rows of ImageNet-1K's classes), or a file with one row number per class."""
+    imagenet22k-goog, imagenet22k-fall2011 or imagenet22k-ms (take the rows of ImageNet-1K's classes from a head in this
+    order), or a file with one row number per class."""
