@@ -7,9 +7,16 @@ from typing import Any
 
 import timm
 from timm.models import group_parameters
+from timm.models.beit import Beit
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 PREFIX = "timm:"
+SWIN = (SwinTransformer, SwinTransformerV2)
+VIT = (VisionTransformer, Beit)
+"""Families whose layers are numbered as their authors do (see registry.layer_ids)."""
 
 
 def build(

@@ -113,10 +113,11 @@ def timm_arguments(name: str, **options) -> tuple[str, dict]:
     return "deit3_base_patch16_224", size | {"init_values": LAYER_SCALE} | options
 
 
-def layer_ids(model: VisionTransformer) -> dict[str, int]:
-    """Return parameter name → layer id, as BEiT and MAE count (get_layer_id_for_vit).
+def layer_ids(model: nn.Module) -> dict[str, int]:
+    """Return parameter name → layer id of a ViT or BEiT, as BEiT, MAE and SimMIM count (get_layer_id_for_vit).
 
-    Class token, positions and patch embedding are 0, block i is i + 1, final norm and head are one above all blocks.
+    Class token, positions and patch embedding are 0, block i is i + 1; final norm, head and the shared table of
+    relative positions are one above all blocks. Timm's other tokens and its norm before the blocks are 0.
     """
     return {name: _layer_id(name, len(model.blocks)) for name, _ in model.named_parameters()}
 
@@ -124,7 +125,11 @@ def layer_ids(model: VisionTransformer) -> dict[str, int]:
 def _layer_id(name: str, depth: int) -> int:
     if match := re.match(r"blocks\.(\d+)\.", name):
         return int(match[1]) + 1
-    return 0 if re.match(r"(cls_token|pos_embed|patch_embed)", name) else depth + 1
+    return (
+        0
+        if re.match(r"(cls_token|dist_token|reg_token|mask_token|pos_embed|patch_embed|norm_pre)", name)
+        else depth + 1
+    )
 
 
 def _uniform(block: nn.Module, rate: float) -> None:

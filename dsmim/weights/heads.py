@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 from timm.data import ImageNetInfo
+from timm.layers import trunc_normal_
 from torch import nn
 
-from dsmim.models.swin_v2 import SwinTransformerV2
+from dsmim.models import classifier
+from dsmim.models.initialise import MAE_HEAD
 from dsmim.weights.layouts import Native
 
 _TEDDY_BEAR = "n04399382"  # the class of ImageNet-1K that ImageNet-22K lacks
@@ -45,14 +47,6 @@ _AMBIGUOUS = "imagenet22k"  # which of two orders of 21841 classes?
 SETTING = "model.weights_head"
 
 
-def classifier(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the modules that turn features into logits."""
-    if isinstance(model, SwinTransformerV2):
-        return ("head.fc",)
-    name = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
-    return (name,) if isinstance(name, str) else tuple(name)
-
-
 def head_names(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Return the names that belong to the head's tensors."""
     return sorted(name for name in names if name.startswith(tuple(f"{module}." for module in classifier(model))))
@@ -79,6 +73,22 @@ def settle(choice: str | None, native: Native, model: nn.Module, shapes: dict, s
     if choice == _AMBIGUOUS:
         raise ValueError(f"{SETTING}={choice}: says not which order of the classes; {_orders(native, theirs, source)}")
     return _pick(choice, native, theirs, own, shapes, source)
+
+
+def fresh_as_mae(native: Native, model: nn.Module, shapes: dict) -> dict[str, torch.Tensor]:
+    """Return first weights for a new head on MAE's pre-trained weights, as its authors fine-tune: 2e-5, biases 0.
+
+    Empty for other weights, and where the recipe gives the deviation (model.head_init_std).
+    """
+    if not native.layout.startswith("MAE"):
+        return {}
+    if any(hasattr(model.get_submodule(module), "init_deviation") for module in classifier(model)):
+        return {}
+    fresh = {name: torch.zeros(shapes[name]) for name in head_names(model, shapes) if name not in native.tensors}
+    for name, tensor in fresh.items():
+        if name.endswith("weight"):
+            trunc_normal_(tensor, std=MAE_HEAD)
+    return fresh
 
 
 def _keep(native: Native, theirs: list[str], own: list[str], shapes: dict, source: str) -> dict[str, str]:

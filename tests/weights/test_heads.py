@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm.data import ImageNetInfo
 
+from dsmim.models import create_model
 from dsmim.weights import heads
 from dsmim.weights.match import match
 from tests.weights.weight_files import (
@@ -16,6 +17,7 @@ from tests.weights.weight_files import (
     swin_as_published,
     timm_deit,
     timm_swin,
+    timm_vit,
 )
 
 
@@ -150,3 +152,25 @@ def test_the_order_is_not_guessed():
             match(model, features_and_head(1000, torch.arange(30.0))[0], choice)
     with pytest.raises(ValueError, match="the model has 7"):
         match(nano(num_classes=7), weights, "imagenet22k-goog")
+
+
+def mae(options=None):
+    """A pre-trained file of MAE, and a network of timm with a new head for it."""
+    state = {key: value for key, value in timm_vit(fc_norm=False).state_dict().items() if not key.startswith("head.")}
+    sizes = {"embed_dim": 64, "depth": 2, "num_heads": 2}
+    model = create_model("timm:vit_base_patch16_224", img_size=64, num_classes=500, options=sizes, **(options or {}))
+    return in_memory(state | {"decoder_embed.weight": torch.zeros(32, 64)}), model
+
+
+def test_a_new_head_on_mae_starts_as_its_authors_start_it():
+    weights, model = mae()
+    report, state = match(model, weights)
+    assert state["head.weight"].std().item() == pytest.approx(2e-5, rel=0.02) and not state["head.bias"].any()
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.02)  # match changes no model
+    assert report.fresh == ["head.bias", "head.weight"] and "the new head has deviation 2e-05" in str(report)
+    weights, model = mae({"head_init_std": 0.01})
+    report, state = match(model, weights)
+    assert "head.weight" not in state and "deviation" not in str(report)
+    assert model.head.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    plain = in_memory({key: value for key, value in weights.tensors.items() if "decoder" not in key})
+    assert "head.weight" not in match(mae()[1], plain)[1]  # not known to be MAE's
