@@ -3,12 +3,13 @@
 from dsmim.models.attention.window import fix_position_bias
 from dsmim.models.blocks import Recompute, compile_blocks
 from dsmim.models.build import materialise, materialised
-from dsmim.models.registry import create_model, layer_ids, model_names, set_recompute, timm_arguments
+from dsmim.models.registry import classifier, create_model, layer_ids, model_names, set_recompute, timm_arguments
 from dsmim.models.simmim import SimMIM
 
 __all__ = [
     "Recompute",
     "SimMIM",
+    "classifier",
     "compile_blocks",
     "create_model",
     "fix_position_bias",

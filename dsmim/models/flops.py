@@ -9,13 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @torch.no_grad()
 def forward_macs(model: nn.Module, img_size: int) -> int:
-    """Return the multiply-accumulates of one image in a model on the meta device: matrix products and convolutions.
+    """Return the multiply-accumulates of one image in a network of dsmim on the meta device.
 
-    The papers call these "FLOPs" (a multiplication and its addition count once). What all images of a batch share, such
-    as Swin V2's position-bias MLP, is left out, as in the authors' `flops()`: the result is the cost of a second image.
+    Matrix products and convolutions count. The papers call these "FLOPs" (a multiplication and its addition count
+    once). What all images of a batch share, such as Swin V2's position-bias MLP, is left out, as in the authors'
+    `flops()`: the result is the cost of a second image.
     """
     assert all(parameter.is_meta for parameter in model.parameters()), "count on the meta device only"
-    one, two = (_flops(model.eval(), torch.empty(size, 3, img_size, img_size, device="meta")) for size in (1, 2))
+    one, two = (
+        _flops(model.eval(), torch.empty(size, model.in_chans, img_size, img_size, device="meta")) for size in (1, 2)
+    )
     return (two - one) // 2
 
 

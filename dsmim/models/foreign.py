@@ -7,9 +7,16 @@ from typing import Any
 
 import timm
 from timm.models import group_parameters
+from timm.models.beit import Beit
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 PREFIX = "timm:"
+SWIN = (SwinTransformer, SwinTransformerV2)
+VIT = (VisionTransformer, Beit)
+"""Families whose layers are numbered as their authors do (see registry.layer_ids)."""
 
 
 def build(
@@ -17,6 +24,7 @@ def build(
     num_classes: int = 0,
     drop_path_rate: float = 0.0,
     img_size: int | None = None,
+    in_chans: int = 3,
     options: dict[str, Any] | None = None,
 ) -> nn.Module:
     """Return timm's network, initialised by timm in host memory.
@@ -30,6 +38,8 @@ def build(
         hint = f"; did you mean {PREFIX}{close[0]}?" if close else ""
         raise ValueError(f"model.name: timm has no model {entry!r}{hint}")
     options = {"num_classes": num_classes, **(options or {})}
+    if in_chans != 3:  # timm's default
+        options["in_chans"] = in_chans
     if drop_path_rate:  # many networks do not take it
         options["drop_path_rate"] = drop_path_rate
     if _built_for_one_size(entry):

@@ -15,6 +15,8 @@ class SimMIM(nn.Module):
 
     Its own parameters are created like the encoder's: on the meta device, or filled (see build.py).
 
+    The decoder predicts stride² pixels of encoder.in_chans channels for each position of the encoder's last map.
+
     target_window: side in pixels (odd) of the sliding window that normalises the target; None: plain pixels.
     Key names: `encoder.*` as in timm, `mask_token`, and `decoder.0` as in microsoft/SimMIM.
     Raises ValueError for an encoder that is not dsmim's own.

@@ -33,6 +33,7 @@ def build(
     pretrained_window_sizes: tuple[int, ...] | None = None,
     extra_norm_every: int = 0,
     sequential_stages: int = 0,
+    in_chans: int = 3,
 ) -> SwinTransformerV2:
     """Return the network `name` of SIZES; see SwinTransformerV2 for the options.
 
@@ -56,6 +57,7 @@ def build(
         pretrained_window_sizes=windows,
         extra_norm_every=extra_norm_every,
         sequential_stages=sequential_stages,
+        in_chans=in_chans,
         **SIZES[name],
     )
 

@@ -118,7 +118,8 @@ class Stage(nn.Module):
 
 
 class SwinTransformerV2(nn.Module):
-    """The whole network: images (B, 3, img_size, img_size) → logits (B, num_classes), or pooled features without head.
+    """The whole network: images (B, in_chans, img_size, img_size) → logits (B, num_classes), or pooled
+    features without head.
 
     window_size: in tokens, clamped to the map. pretrained_window_sizes: the coordinate_window of each stage, see
     WindowAttention (0: the window itself). extra_norm_every: an extra norm after each n-th block of a stage (0: none).
@@ -126,17 +127,16 @@ class SwinTransformerV2(nn.Module):
     linearly from block to block.
     """
 
-    in_chans = 3
     patch, stride = PATCH, 8 * PATCH
 
     def __init__(self, img_size: int, window_size: int, embed_dim: int, depths: tuple[int, ...],
                  num_heads: tuple[int, ...], num_classes: int, drop_path_rate: float,
-                 pretrained_window_sizes: tuple[int, ...], extra_norm_every: int, sequential_stages: int):  # fmt: skip
+                 pretrained_window_sizes: tuple[int, ...], extra_norm_every: int, sequential_stages: int,
+                 in_chans: int = 3):  # fmt: skip
         super().__init__()
+        self.in_chans = in_chans
         self.embed_dim, self.num_features = embed_dim, embed_dim * 2 ** (len(depths) - 1)
-        self.patch_embed = PatchEmbed(
-            img_size, PATCH, self.in_chans, embed_dim, norm_layer=nn.LayerNorm, output_fmt="NHWC"
-        )
+        self.patch_embed = PatchEmbed(img_size, PATCH, in_chans, embed_dim, norm_layer=nn.LayerNorm, output_fmt="NHWC")
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         stages, first = [], 0
         for stage, depth in enumerate(depths):
@@ -160,7 +160,7 @@ class SwinTransformerV2(nn.Module):
         return self.head(self.norm(self.layers(self.patch_embed(images))))
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the patches that a mask token may replace: (B, 3, H, W) → (B, H/4, W/4, C)."""
+        """Return the patches that a mask token may replace: (B, in_chans, H, W) → (B, H/4, W/4, C)."""
         return self.patch_embed(images)
 
     def encode(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -44,16 +44,18 @@ SIZES = {
 
 
 class DeiT3(VisionTransformer):
-    """timm's network with DeiT III's first weights: images (B, 3, H, W) → logits (B, classes), or features (no head).
+    """timm's network with DeiT III's first weights: images (B, in_chans, H, W) → logits (B, classes), or features
+    (no head).
 
     If the image side is not a multiple of the patch, the rest is cut off: 160 pixels give 11 × 11 patches of 14.
     """
 
-    def __init__(self, drop_path_rate: float, patch_size: int, **options):
+    def __init__(self, drop_path_rate: float, patch_size: int, in_chans: int = 3, **options):
         super().__init__(
-            patch_size=patch_size, no_embed_class=True, init_values=LAYER_SCALE, weight_init="skip",
+            patch_size=patch_size, in_chans=in_chans, no_embed_class=True, init_values=LAYER_SCALE, weight_init="skip",
             norm_layer=partial(nn.LayerNorm, eps=1e-6), **options,
         )  # fmt: skip
+        self.in_chans = in_chans  # older timm does not keep it
         self.patch = self.stride = patch_size
         self.recompute = Recompute()
         for block in self.blocks:
@@ -65,11 +67,11 @@ class DeiT3(VisionTransformer):
         trunc_normal_(self.cls_token, std=DEVIATION)
 
     def forward_features(self, images: torch.Tensor, **_) -> torch.Tensor:  # newer timm passes attention masks
-        """Return all tokens, the class token first: (B, 3, H, W) → (B, 1 + L, D)."""
+        """Return all tokens, the class token first: (B, in_chans, H, W) → (B, 1 + L, D)."""
         return self._through(self.patch_embed(images))
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the patches that a mask token may replace: (B, 3, H, W) → (B, H/patch, W/patch, D)."""
+        """Return the patches that a mask token may replace: (B, in_chans, H, W) → (B, H/patch, W/patch, D)."""
         return self.patch_embed(images).unflatten(1, self.patch_embed.grid_size)
 
     def encode(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -86,13 +88,20 @@ class DeiT3(VisionTransformer):
         return self.norm(run(self.blocks, self._pos_embed(x), self.recompute))
 
 
-def build(name: str, img_size: int = 224, num_classes: int = 0, drop_path_rate: float = 0.0) -> DeiT3:
-    """Return the network `name` of SIZES. Raises ValueError for an image smaller than a patch."""
+def build(
+    name: str, img_size: int = 224, num_classes: int = 0, drop_path_rate: float = 0.0, in_chans: int = 3
+) -> DeiT3:
+    """Return the network `name` of SIZES."""
     size = dict(SIZES[name])
-    if img_size < size["patch_size"]:
-        raise ValueError(f"model.img_size: {img_size} is less than a patch of {name}")
     block = ParallelThingsBlock if size.pop("parallel", False) else Block
-    return DeiT3(img_size=img_size, num_classes=num_classes, drop_path_rate=drop_path_rate, block_fn=block, **size)
+    return DeiT3(
+        img_size=img_size,
+        num_classes=num_classes,
+        drop_path_rate=drop_path_rate,
+        in_chans=in_chans,
+        block_fn=block,
+        **size,
+    )
 
 
 def timm_arguments(name: str, **options) -> tuple[str, dict]:
@@ -104,10 +113,11 @@ def timm_arguments(name: str, **options) -> tuple[str, dict]:
     return "deit3_base_patch16_224", size | {"init_values": LAYER_SCALE} | options
 
 
-def layer_ids(model: VisionTransformer) -> dict[str, int]:
-    """Return parameter name → layer id, as BEiT and MAE count (get_layer_id_for_vit).
+def layer_ids(model: nn.Module) -> dict[str, int]:
+    """Return parameter name → layer id of a ViT or BEiT, as BEiT, MAE and SimMIM count (get_layer_id_for_vit).
 
-    Class token, positions and patch embedding are 0, block i is i + 1, final norm and head are one above all blocks.
+    Class token, positions and patch embedding are 0, block i is i + 1; final norm, head and the shared table of
+    relative positions are one above all blocks. Timm's other tokens and its norm before the blocks are 0.
     """
     return {name: _layer_id(name, len(model.blocks)) for name, _ in model.named_parameters()}
 
@@ -115,7 +125,11 @@ def layer_ids(model: VisionTransformer) -> dict[str, int]:
 def _layer_id(name: str, depth: int) -> int:
     if match := re.match(r"blocks\.(\d+)\.", name):
         return int(match[1]) + 1
-    return 0 if re.match(r"(cls_token|pos_embed|patch_embed)", name) else depth + 1
+    return (
+        0
+        if re.match(r"(cls_token|dist_token|reg_token|mask_token|pos_embed|patch_embed|norm_pre)", name)
+        else depth + 1
+    )
 
 
 def _uniform(block: nn.Module, rate: float) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from dsmim.recipe.section import Count, Section
+from dsmim.recipe.section import Count, Positive, Section
 
 
 def _decodable(channels: int) -> int:
@@ -38,6 +38,9 @@ class Model(Section):
     """Swin V2: in this many first stages, attention takes a few windows at a time: less memory at high resolution."""
     options: dict[str, Any] = {}
     """timm:NAME: more arguments for timm.create_model, such as {global_pool: avg}."""
+    head_init_std: Positive | None = None
+    """Deviation of the first weights of a new classifier; null: 2e-5 for the pre-trained weights of MAE, as their
+    authors fine-tune, else the network's own (0.02; timm's BEiT 2e-5)."""
     grad_checkpointing: Annotated[int, Field(ge=0)] = 0
     """Recompute each n-th block in the backward pass instead of keeping its activations; 1: every block, 0: none."""
     grad_checkpointing_stages: Count | None = None
@@ -50,4 +53,5 @@ class Model(Section):
     BEiT."""
     weights_head: str | None = None
     """What to do with the classifier of the weights; needed if the model has one too: keep, drop (use a new one),
-    imagenet22k or imagenet22k-ms (take the rows of ImageNet-1K's classes), or a file with one row number per class."""
+    imagenet22k-goog, imagenet22k-fall2011 or imagenet22k-ms (take the rows of ImageNet-1K's classes from a head in this
+    order), or a file with one row number per class."""

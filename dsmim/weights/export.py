@@ -28,7 +28,7 @@ from dsmim.weights.match import State
 
 LAYOUTS = ("timm", "authors", "dsmim")
 SUFFIXES = (".safetensors", ".pth")
-_SETTINGS = ("img_size", "window_size", "pretrained_window_sizes", "extra_norm_every")
+_SETTINGS = ("img_size", "in_chans", "window_size", "pretrained_window_sizes", "extra_norm_every")
 
 
 def export(path: Path, out: Path, layout: str = "timm", which: str = "fp32") -> str:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsmim.models.initialise import MAE_HEAD
 from dsmim.models.simmim import SimMIM
 from dsmim.models.swin_v2 import SwinTransformerV2
-from dsmim.weights import heads, positions, swin_windows
+from dsmim.weights import channels, heads, positions, swin_windows
 from dsmim.weights.layouts import MIM_ONLY, Native, to_native
 from dsmim.weights.swin_windows import Windows
 
@@ -82,13 +83,18 @@ def match(model: nn.Module, weights: Weights, head: str | None = None) -> tuple[
     _check_swin(network, native, weights, report)
     report.changed |= heads.settle(head, native, network, shapes, source)
     _drop_without_place(native, shapes)
+    report.changed |= channels.adapt(native, network, shapes, source)
     report.changed |= positions.adapt(native, network, source)
     report.fresh = sorted(names[name] for name in shapes if name not in native.tensors)
     _check_complete(native, shapes, _may_be_fresh(native, network, shapes), source)
     report.used = sorted(set(native.origin.values()))
     report.dropped = native.dropped | dict(weights.left_out)
     assert set(report.used) | set(native.dropped) == set(weights.tensors), "a key of the file was lost"
-    return report, {names[name]: _full_precision(tensor) for name, tensor in native.tensors.items()}
+    head_of_mae = heads.fresh_as_mae(native, network, shapes)
+    if head_of_mae:
+        report.notes.append(f"the new head has deviation {MAE_HEAD}, as MAE's authors fine-tune (model.head_init_std)")
+    tensors = native.tensors | head_of_mae
+    return report, {names[name]: _full_precision(tensor) for name, tensor in tensors.items()}
 
 
 def complete(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> State:

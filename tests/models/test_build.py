@@ -91,3 +91,23 @@ def test_saved_buffers_are_overwritten_too():
     list(materialise(model, given))
     for name, value in given.items():
         assert torch.equal(model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(("name", "head"), [("swinv2_nano", "head.fc"), ("deit3_nano_patch16", "head")])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_deviation_of_the_heads_first_weights(name, head, device):
+    options = {"img_size": 64, "window_size": 4 if name.startswith("swin") else None, "num_classes": 500}
+    model = materialised(create_model(name, device, head_init_std=2e-5, **options))
+    assert model.get_parameter(f"{head}.weight").std().item() == pytest.approx(2e-5, rel=0.02)
+    assert not model.get_parameter(f"{head}.bias").any()
+    with pytest.raises(ValueError, match=f"model.head_init_std: {name} has no classifier here"):
+        create_model(name, device, head_init_std=2e-5, **options | {"num_classes": 0})
+
+
+def test_the_deviation_of_the_head_of_a_network_of_timm():
+    model = create_model("timm:beit_base_patch16_224", img_size=32, num_classes=500, options={"depth": 1})
+    assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.02)  # timm's, as unilm/beit
+    model = create_model(
+        "timm:beit_base_patch16_224", img_size=32, num_classes=500, options={"depth": 1}, head_init_std=0.01
+    )
+    assert model.head.weight.std().item() == pytest.approx(0.01, rel=0.02)

@@ -1,8 +1,9 @@
 """Models by name: unknown names and wrong options, layer ids."""
 
 import pytest
+import torch
 
-from dsmim.models import create_model, layer_ids, model_names
+from dsmim.models import create_model, layer_ids, materialise, model_names
 
 
 def test_unknown_model_names_the_nearest():
@@ -24,6 +25,39 @@ def test_wrong_options_name_the_key():
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
             create_model("swinv2_nano", **{"img_size": 64, "window_size": 4} | options)
+
+
+@pytest.mark.parametrize("name", ["swinv2_nano", "deit3_nano_patch16", "timm:vit_tiny_patch16_224"])
+def test_an_unknown_option_names_the_nearest(name):
+    with pytest.raises(
+        ValueError, match=r"no option num_clases; did you mean num_classes\? Options: img_size, in_chans"
+    ):
+        create_model(name, img_size=64, num_clases=5)
+    with pytest.raises(ValueError, match=r"no option global_pool, foo; .* options=\{'global_pool': …\}"):
+        create_model(name, img_size=64, global_pool="avg", foo=1)
+
+
+@pytest.mark.parametrize("name", ["swinv2_nano", "deit3_nano_patch16"])
+def test_within_torchs_context_a_network_is_built_there(name):
+    options = {"img_size": 64, "window_size": 4 if name.startswith("swin") else None}
+    with torch.device("meta"):
+        model = create_model(name, **options)
+        filled = create_model(name, "cpu", **options)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(tensor.is_meta for tensor in [*filled.parameters(), *filled.buffers()])
+    list(materialise(model))
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 64, 64)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["deit3_nano_patch16", "timm:vit_tiny_patch16_224", "timm:beit_base_patch16_224"])
+def test_a_border_that_no_patch_sees_is_named(name):
+    with pytest.warns(
+        UserWarning, match=r"img_size: 33 pixels.*patch of .* \(16\): the last 1 rows and columns.* 32 pix"
+    ):
+        create_model(name, img_size=33)
+    with pytest.raises(ValueError, match=r"model\.img_size: 8 is less than a patch of .* \(16 pixels\)"):
+        create_model(name, img_size=8)
 
 
 def test_windows_are_refused():
