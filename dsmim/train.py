@@ -126,7 +126,7 @@ class _Training:
         self.engine.train()
         loss = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for micro_batch in micro_batches:
-            batch = to_device(micro_batch, self.runtime.device) | {"step": step}
+            batch = to_device(micro_batch, self.runtime.device) | {"step": step, "position": micro_batch["position"]}
             micro_loss = self.task.training_loss(self.engine, batch)
             self.engine.backward(micro_loss)
             loss += micro_loss.detach().double() / (self.plan.accumulation * self.runtime.world_size)

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from dsmim.recipe.contradictions import contradictions
 from dsmim.recipe.errors import RecipeError, explain, nearest
 from dsmim.recipe.schema import Recipe
 
@@ -64,7 +65,7 @@ def parse_recipe(tree: dict[str, Any], source: str, problems: list[str] | None =
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise RecipeError(source, problems + explain(error, Recipe)) from None
-    problems += _contradictions(recipe)
+    problems += contradictions(recipe)
     if problems:
         raise RecipeError(source, problems)
     return recipe
@@ -113,25 +114,6 @@ def _override(tree: dict[str, Any], item: str) -> str | None:
     except yaml.YAMLError as error:
         return f"override {item!r}: the value is not valid YAML ({error})"
     return None
-
-
-def _contradictions(recipe: Recipe) -> list[str]:
-    """Return the problems between sections, which no section can see alone."""
-    batch, problems = recipe.batch, []
-    if batch.micro_batch != "auto" and batch.global_batch % batch.micro_batch:
-        problems.append(
-            f"batch.global_batch: {batch.global_batch} is not a multiple of batch.micro_batch {batch.micro_batch}"
-        )
-    if recipe.task.name == "simmim" and recipe.model.img_size % recipe.task.mask_patch:
-        problems.append(
-            f"task.mask_patch: {recipe.task.mask_patch} does not divide model.img_size {recipe.model.img_size}"
-        )
-    mixes = recipe.task.name == "classify" and (recipe.task.mixup or recipe.task.cutmix)
-    if mixes and (batch.global_batch % 2 or (batch.micro_batch != "auto" and batch.micro_batch % 2)):
-        problems.append(
-            "batch: mixup and CutMix pair neighbours: batch.global_batch and batch.micro_batch must be even"
-        )
-    return problems
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -38,4 +38,19 @@ class ClassifyTask(Section):
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     """Alpha of the Beta distribution of CutMix; 0: no CutMix."""
     mix_switch: Share = 0.5
-    """Share of the steps that use CutMix, when both are on."""
+    """Share of the draws that use CutMix, when both are on."""
+    mix_run: Annotated[int, Field(ge=2, multiple_of=2)] = 2
+    """Number of neighbouring samples that share one draw of mixup or CutMix, coefficient and box; 2: each pair has its
+    own. timm draws once per GPU's batch: give its size to do the same at any number of GPUs."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether samples are mixed with their neighbours."""
+        return bool(self.mixup or self.cutmix)
+
+    def odd_batch(self, key: str, size: int) -> str | None:
+        """Return the problem of a batch of `size` samples, named by `key`, whose last sample has no neighbour to be
+        mixed with; None: there is none."""
+        if not self.mixes or size % 2 == 0:
+            return None
+        return f"{key}: mixup and CutMix pair neighbours; {size} samples are odd, set an even number"

@@ -63,8 +63,8 @@ class Engine(Section):
     """Largest number of steps in a row that may be skipped because their loss or gradient is not finite; one more stops
     the run."""
     max_loss_growth: Annotated[float, Field(gt=1)] | None = 3
-    """Stop the run as diverged when the mean loss of its last 20 steps exceeds this multiple of that of its first 20;
-    null: never."""
+    """Stop the run as diverged when the mean loss of its last 20 steps exceeds this multiple of that of its first 20,
+    and also the loss of an untrained network (classification: ln(classes); masked image modelling: 1); null: never."""
     timeout_minutes: Positive = 10
     """How long a rank waits for another one, before the job ends with an error. It holds until the first step is done,
     and in validation and saving."""

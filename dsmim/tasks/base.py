@@ -49,7 +49,10 @@ class Task(ABC):
 
     @abstractmethod
     def training_loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """Return the mean loss of a micro batch on the device; batch["step"] is the optimizer step."""
+        """Return the mean loss of a micro batch on the device.
+
+        batch["step"] is the optimizer step; batch["position"], (B,) in host memory, where each sample is in the order.
+        """
 
     @abstractmethod
     def validation_sums(self, forward: Forward, batch: Batch) -> torch.Tensor:
