@@ -18,7 +18,7 @@ from dsmim.engine.zero import resolve_precision
 from dsmim.health.interrupt import Interrupt
 from dsmim.models import fix_position_bias
 from dsmim.recipe import Recipe
-from dsmim.recipe.reading import apply_overrides
+from dsmim.recipe.reading import stored_recipe
 from dsmim.tasks import Task, build_task
 from dsmim.tasks.base import Batch
 from dsmim.weights.match import State, complete
@@ -48,7 +48,7 @@ def evaluate(path: Path, overrides: list[str], which: str = "fp32") -> dict[str,
 
 def recipe_of(path: Path, overrides: list[str]) -> Recipe:
     """Return the recipe that a checkpoint was trained with, changed by `key=value` overrides."""
-    return apply_overrides(reading.read_state(path)["recipe"], str(path), overrides)
+    return stored_recipe(reading.read_state(path)["recipe"], str(path), overrides)
 
 
 def weights_for(task: Task, found: Path, which: str = "fp32") -> State:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dsmim.recipe.section import Count, Duration, Positive, Section, Share
+from dsmim.recipe.section import Count, Duration, Positive, Section, Share, UserPath
 
 
 class Optim(Section):
@@ -55,7 +55,7 @@ class Schedule(Section):
 class Engine(Section):
     """How a step is computed, and when a run fails."""
 
-    deepspeed: str = "zero3"
+    deepspeed: UserPath = "zero3"
     """A DeepSpeed JSON file: the name of a shipped one (in ds_configs), or a path."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on an accelerator, fp32 on CPU."""
