@@ -223,8 +223,8 @@ def test_overrides_of_which_only_the_last_would_count(tmp_path):
     assert told("seed=1", "optim.lr=2e-3", "seed=2") == ["seed: given 2 times: 1, 2; give it once"]
     later = told("schedule.duration.steps=3", "schedule.duration={steps: 4}")
     assert later == [
-        "schedule.duration: given after schedule.duration.steps, which it would replace; give schedule.duration first, or "
-        "only one"
+        "schedule.duration: given after schedule.duration.steps, which it would replace; give schedule.duration first, "
+        "or only one"
     ]
     assert load_recipe("demo_pretrain", ["optim={lr: 1}", "optim.eps=1e-6"]).optim.eps == 1e-6
 
