@@ -8,7 +8,8 @@ import math
 from typing import Any
 
 STATE = "_state"
-"""Ending of the key that says what a null was: nan, inf or -inf."""
+"""Ending of the key that says what a null was."""
+_NOT_FINITE = ("nan", "inf", "-inf")
 
 
 def dumps(value: Any, **options: Any) -> str:
@@ -36,6 +37,6 @@ def _is_not_finite(value: Any) -> bool:
 
 
 def _restored(values: dict[str, Any]) -> dict[str, Any]:
-    lost = [key for key, value in values.items() if value is None and values.get(f"{key}{STATE}") is not None]
+    lost = [key for key, value in values.items() if value is None and values.get(f"{key}{STATE}") in _NOT_FINITE]
     numbers = {key: float(values.pop(f"{key}{STATE}")) for key in lost}
     return values | numbers

@@ -22,7 +22,7 @@ def test_numbers_that_are_not_finite_are_null_and_come_back():
     assert repr(again) == repr(given)
 
 
-@pytest.mark.parametrize("value", [{"a": 1, "b": [0.1, None, "x"]}, {"loss": None}, {"gpu_state": "idle"}])
+@pytest.mark.parametrize("value", [{"a": 1, "b": [0.1, None, "x"]}, {"loss": None}, {"gpu": None, "gpu_state": "idle"}])
 def test_everything_else_is_written_as_json_does(value):
     assert strict_json.dumps(value, indent=1) == json.dumps(value, indent=1)
     assert strict_json.loads(strict_json.dumps(value)) == value

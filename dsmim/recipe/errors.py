@@ -57,6 +57,10 @@ def _line(item: dict, model: type[BaseModel]) -> str:
 def _meant(word: str, given: object, section: type[BaseModel] | None, model: type[BaseModel]) -> str:
     """Return the end of a message about an unknown key: its name here, if other programs call it so or if it is in
     another section; else the most similar key of its section, or all of them."""
+    fields = section.model_fields if section else {}
+    lengths = [name for name, field in fields.items() if Duration in _sections(field.annotation)]
+    if lengths and word in Duration.model_fields:
+        return f"; did you mean {lengths[0]}={{{word}: {shown_number(given)}}}?"
     if name := alias(word, given):
         return f"; did you mean {name}?"
     others = [key for key in keys_of(model) if key.rsplit(".", 1)[-1] == word]
@@ -65,7 +69,7 @@ def _meant(word: str, given: object, section: type[BaseModel] | None, model: typ
         return f"; it is a key of task.name={tasks[0]}"
     if len(others) == 1:
         return f"; did you mean {others[0]}?"
-    return nearest(word, list(section.model_fields) if section else [])
+    return nearest(word, list(fields))
 
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:

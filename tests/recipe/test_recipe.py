@@ -107,6 +107,8 @@ def test_contradictions_name_the_key(tmp_path, path, value, message):
         ("optim.learning_rate", 1, "optim.lr"),
         ("lr", 1, "optim.lr"),
         ("epochs", 300, "schedule.duration={epochs: 300}"),
+        ("validation.epochs", 2, "every={epochs: 2}"),
+        ("schedule.epochs", 90, "duration={epochs: 90}"),
         ("schedule.warmup_steps", 9, "schedule.warmup={steps: 9}"),
         ("batch.batch_size", 8, "batch.global_batch (of all ranks) or batch.micro_batch (of one)"),
         ("gradient-clipping", 1, "optim.clip_grad"),
