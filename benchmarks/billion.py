@@ -14,7 +14,6 @@ swinv2_giant3b.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import time
 import torch
 from memory import PeakMemory
 
+from dsmim import strict_json
 from dsmim.cluster.placement import free_port
 from dsmim.engine.construct import construct
 from dsmim.engine.runtime import Runtime, start, stop
@@ -226,7 +226,7 @@ def main() -> None:
     runtime = start(timeout_minutes=30)
     figures = build(args, runtime) if args.build_only else train(args, runtime)
     if runtime.is_rank_zero:
-        print(json.dumps(figures))
+        print(strict_json.dumps(figures))
     stop()
 
 

@@ -55,7 +55,7 @@ def steps_redone(run: Path) -> int:
 def _checkpoints(one: Path, other: Path) -> Iterator[str]:
     last = [locate(run) for run in (one, other)]
     states = [read_state(path) for path in last]
-    for key in ("step", "samples_consumed", "data_fingerprint", "watch", "validation"):
+    for key in ("step", "samples_consumed", "data_fingerprint", "watch", "interval", "validation"):
         if states[0].get(key) != states[1].get(key):
             yield f"state.json: {key} {states[1].get(key)} instead of {states[0].get(key)}"
     for which in ("fp32", "ema"):

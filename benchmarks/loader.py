@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import platform
 import statistics
 import sys
@@ -37,6 +36,8 @@ from pipelines import (
     webdataset_pipeline,
 )
 from torchvision.transforms.v2 import functional as TF
+
+from dsmim import strict_json
 
 SHORT_SIDE = 256
 
@@ -133,7 +134,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(f"{time.perf_counter() - begin:.0f} seconds", file=sys.stderr)
-    print(json.dumps(report(rates, differences, samples, rounds)))
+    print(strict_json.dumps(report(rates, differences, samples, rounds)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import torch
 from memory import PeakMemory
 from torch import nn
 
+from dsmim import strict_json
 from dsmim.models import compile_blocks, create_model, fix_position_bias, timm_arguments
 
 Step = Callable[[], None]
@@ -175,7 +175,7 @@ def main() -> None:
         figures["best_speedup_vs_compiled"] = max(
             ratio(seconds[first], "timm_compiled", own) for own in ("dsmim", "dsmim_compiled")
         )
-    print(json.dumps(figures))
+    print(strict_json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from dsmim.engine.zero import resolve_precision
 from dsmim.health.interrupt import Interrupt
 from dsmim.models import fix_position_bias
 from dsmim.recipe import Recipe
-from dsmim.recipe.reading import apply_overrides
+from dsmim.recipe.reading import stored_recipe
 from dsmim.tasks import Task, build_task
 from dsmim.tasks.base import Batch
 from dsmim.weights.match import State, complete
@@ -65,7 +65,7 @@ def recipe_of(path: Path, overrides: list[str]) -> Recipe:
     another folder than the run's too."""
     state = reading.read_state(path)
     recipe = state["recipe"] | {"data": find_shards(state["recipe"]["data"], state)}
-    return apply_overrides(recipe, str(path), overrides)
+    return stored_recipe(recipe, str(path), overrides)
 
 
 def weights_for(task: Task, found: Path, which: str = "fp32") -> State:

@@ -26,7 +26,7 @@ from dsmim.models.foreign import PREFIX
 from dsmim.recipe import Augment, Data, Model, Recipe
 from dsmim.recipe.errors import explain
 from dsmim.recipe.pixels import pixel_problems
-from dsmim.recipe.reading import parse_recipe
+from dsmim.recipe.reading import stored_recipe
 from dsmim.recipe.section import Section
 from dsmim.tasks import build_task
 from dsmim.tasks.base import ARCHITECTURE
@@ -129,7 +129,7 @@ def _from_export(weights: Weights, settings: dict[str, Any]) -> Loaded:
             f"give the network as create_model takes it, for example {example}"
         )
     _refuse(settings, f"{weights.source}: the file says which network it is")
-    recipe = parse_recipe(as_stored(_parsed(told, weights.source)), weights.source)
+    recipe = stored_recipe(as_stored(_parsed(told, weights.source)), weights.source)
     model = build_task(_for_inference(recipe)).model
     if isinstance(model, SimMIM) and not any(key.endswith("mask_token") for key in weights.tensors):
         model = model.encoder

@@ -1,4 +1,7 @@
-"""Write metrics on rank 0: a console line, JSON lines, TensorBoard."""
+"""Write metrics on rank 0: a console line, JSON lines, TensorBoard.
+
+JSON has null where a figure is NaN or infinite (see strict_json.py); TensorBoard has the figure itself.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from dsmim import strict_json
 
 
 class Log:
@@ -23,7 +28,6 @@ class Log:
         self, folder: Path, active: bool, step: int, total: int, tensorboard: bool, validation_due: bool = False
     ):
         self.active, self.folder, self.total = active, folder, total
-        self._clock, self._first = time.monotonic(), step
         self._board = None
         if not active:
             return
@@ -38,13 +42,17 @@ class Log:
         if self.active:
             print(text, file=sys.stderr, flush=True)
 
-    def step(self, step: int, values: dict[str, Any]) -> None:
-        """Log the figures of the training step that completed `step` steps, with those of Clock.read."""
+    def step(self, step: int, values: dict[str, Any], seconds_per_step: float | None) -> None:
+        """Log the figures of the training steps since the last line, with those of Clock.read, after `step` steps.
+
+        seconds_per_step: of training, from which rank 0 says when it ends, without validations and savings to come.
+        """
         self._write(step, values, "train")
+        left = "unknown" if seconds_per_step is None else duration(seconds_per_step * (self.total - step))
         self.say(
             f"step {step}/{self.total} | loss {values['loss']:.4f} | lr {values['lr']:.2e} | "
             f"grad norm {values['grad_norm']:.3g} | {values['images_per_second']:.0f} images/s | "
-            f"data wait {values['data_wait']:.0%} | ETA {self._eta(step)}"
+            f"data wait {values['data_wait']:.0%} | ETA {left}"
         )
 
     def validation(self, step: int, values: dict[str, float]) -> None:
@@ -58,7 +66,7 @@ class Log:
         if self.active:
             path = self.folder / "host.jsonl"
             with _named(path), path.open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.write(strict_json.dumps({"step": step, **values}) + "\n")
             self._chart(step, values, "host")
 
     def sync(self) -> None:
@@ -78,7 +86,7 @@ class Log:
         if not self.active:
             return
         with _named(self._file.name):
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.write(strict_json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
         self._chart(step, values, group)
 
@@ -87,20 +95,32 @@ class Log:
             if isinstance(value, (int, float)):
                 self._board.add_scalar(f"{group}/{name.removeprefix('val_')}", value, step)
 
-    def _eta(self, step: int) -> str:
-        per_step = (time.monotonic() - self._clock) / max(1, step - self._first)
-        return duration(per_step * (self.total - step))
-
 
 class Clock:
-    """Measures images per second, and the share of the time that this rank waits for data, since the last restart."""
+    """Measures images per second, and the share of the time that this rank waits for data, since the last restart; and
+    how long a step takes in the whole session."""
 
     def __init__(self) -> None:
+        self._first_done, self._counted, self._seconds = False, 0, 0.0
         self.restart()
 
     def restart(self) -> None:
         """Measure from now on."""
-        self.begun, self.waited, self.steps = time.monotonic(), 0.0, 0
+        self.begun = self._since = time.monotonic()
+        self.waited, self.steps = 0.0, 0
+
+    def stepped(self) -> None:
+        """Count a step that has just ended."""
+        now = time.monotonic()
+        if self._first_done:
+            self._seconds, self._counted = self._seconds + now - self._since, self._counted + 1
+        self._first_done, self._since, self.steps = True, now, self.steps + 1
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """The mean over the session's steps, without the first, which may compile and starts the data workers, and
+        without what happened before a restart, such as a validation; None: not known yet."""
+        return self._seconds / self._counted if self._counted else None
 
     def waiting(self) -> Clock:
         """Count the time in a `with` block as waiting for data."""

@@ -8,7 +8,6 @@ from typing import Any
 from dsmim.data.order import accumulation_steps, refit_accumulation
 from dsmim.engine.schedule import LearningRate, resolve_schedule
 from dsmim.recipe import Duration, Recipe
-from dsmim.recipe.errors import nearest
 from dsmim.tasks import Task
 
 
@@ -47,10 +46,8 @@ def plan(recipe: Recipe, task: Task, epoch_samples: int, world_size: int, state:
     """Return the plan of a session.
 
     epoch_samples: training samples per epoch; state: that of the checkpoint that the run resumes from, None for a new
-    run. Raises ValueError when the ranks cannot share the global batch, the task refuses the micro batch, or nothing
-    measures what checkpoint.keep_best compares.
+    run. Raises ValueError when the ranks cannot share the global batch, or the task refuses the micro batch.
     """
-    _check_best(recipe, task)
     size = recipe.batch.global_batch
     rate = resolve_schedule(recipe.schedule, recipe.optim, size, epoch_samples)
 
@@ -69,19 +66,6 @@ def plan(recipe: Recipe, task: Task, epoch_samples: int, world_size: int, state:
         cadence(Duration(steps=recipe.log.every)),
         keep_every,
     )
-
-
-def _check_best(recipe: Recipe, task: Task) -> None:
-    """Check that the validation gives the figure by which checkpoint.keep_best chooses."""
-    best, known = recipe.checkpoint.keep_best, [name for name in task.figures if name != "samples"]
-    if best is not None and recipe.data.val is None:
-        raise ValueError("checkpoint.keep_best: nothing is validated; give data.val, or leave keep_best out")
-    if best is not None and best.metric not in known:
-        hint = nearest(best.metric, known)
-        raise ValueError(
-            f"checkpoint.keep_best.metric: {best.metric!r} is unknown; task {recipe.task.name} measures "
-            f"{', '.join(known)}{hint if 'did you mean' in hint else ''}"
-        )
 
 
 def _accumulation(recipe: Recipe, task: Task, world_size: int, state: dict[str, Any] | None) -> int:

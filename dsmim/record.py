@@ -39,6 +39,38 @@ class Step:
                 "undecodable": self.undecodable}  # fmt: skip
 
 
+class Interval:
+    """The steps since the last line of the log. A checkpoint keeps it, so that a resumed run writes the same lines as
+    one that was never interrupted."""
+
+    def __init__(self, state: dict[str, Any] | None = None):
+        """state: that of a checkpoint; None: the interval begins here."""
+        begun = {"loss_sum": 0.0, "applied": 0, "skipped": 0} | (state or {})
+        self.loss_sum, self.applied, self.skipped = begun["loss_sum"], begun["applied"], begun["skipped"]
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run continues with."""
+        return {"loss_sum": self.loss_sum, "applied": self.applied, "skipped": self.skipped}
+
+    def add(self, step: Step) -> None:
+        """Count a step. Skipped ones, whose loss or gradient was not finite, have no share in the mean."""
+        if step.finite:
+            self.loss_sum, self.applied = self.loss_sum + step.loss, self.applied + 1
+        else:
+            self.skipped += 1
+
+    def read(self, newest: Step) -> dict[str, float]:
+        """Return the line's figures, and begin the next interval.
+
+        `loss` is the mean of the interval's applied steps (if there are none, that of the newest step), `skipped` the
+        number of the others, if there are any. The rest is the newest step's.
+        """
+        mean = {"loss": self.loss_sum / self.applied} if self.applied else {}
+        skipped = {"skipped": self.skipped} if self.skipped else {}
+        self.loss_sum, self.applied, self.skipped = 0.0, 0, 0
+        return newest.figures() | mean | skipped
+
+
 def checkpoint_state(session: Session, done: int) -> dict[str, Any]:
     """Return what state.json records of a session after `done` completed steps, besides figures of the loop itself."""
     return {

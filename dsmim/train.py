@@ -26,7 +26,7 @@ from dsmim.health.outcome import NoProgress, Stopped
 from dsmim.health.status import ENDING
 from dsmim.log import Clock
 from dsmim.recipe import Recipe
-from dsmim.record import Step, checkpoint_state, keep_for_replay
+from dsmim.record import Interval, Step, checkpoint_state, keep_for_replay
 from dsmim.session import Session, build_engine, open_data, open_run
 from dsmim.tasks.base import Batch
 
@@ -64,6 +64,7 @@ class _Training:
         self.limits = FaultLimits(self.recipe, self.runtime, self.log.say, self.data.train.order.epoch_samples)
         if self.directory.resume_from is not None:
             self.limits.load_state(self.directory.state["watch"])
+        self.interval = Interval(self.directory.state.get("interval"))
         self.clock = Clock()
         self.batches: Iterator[Batch] = iter(())
         self.validated: tuple[int, dict[str, float]] | None = None
@@ -118,6 +119,7 @@ class _Training:
                 self.runtime.phase("training", step)
                 self.clock.restart()
             result = self._step(step, micro_batches)
+            self.interval.add(result)
             done = step + 1
             if step == first:  # it may compile and autotune; validation and saving keep the longer timeout
                 self.runtime.set_timeout(self.recipe.engine.step_timeout_minutes)
@@ -137,7 +139,7 @@ class _Training:
         self.engine.train()
         loss = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for micro_batch in micro_batches:
-            batch = to_device(micro_batch, self.runtime.device) | {"step": step}
+            batch = to_device(micro_batch, self.runtime.device) | {"step": step, "position": micro_batch["position"]}
             micro_loss = self.task.training_loss(self.engine, batch)
             self.engine.backward(micro_loss)
             loss += micro_loss.detach().double() / (self.plan.accumulation * self.runtime.world_size)
@@ -146,7 +148,7 @@ class _Training:
         total_loss, faults = self.runtime.sum(torch.stack([loss, torch.full_like(loss, faults)])).tolist()
         undecodable = self.limits.count_undecodable(int(faults), self.recipe.batch.global_batch)
         update = self.engine.step(step)
-        self.clock.steps += 1
+        self.clock.stepped()
         result = Step(total_loss, own_loss, update, undecodable)
         if not result.finite:
             keep_for_replay(self.session, step, micro_batches, result, self.saver.saved)
@@ -171,10 +173,11 @@ class _Training:
         return None if any(batch is None for batch in found) else found
 
     def _log(self, done: int, result: Step) -> None:
-        """Write the step's figures. Collective: a disk that refuses them stops all ranks."""
+        """Write the figures of the steps since the last line. Collective: a disk that refuses them stops all ranks."""
         host = merge(self.runtime.gather(self.runtime.host.sample()))
         with self.runtime.all_or_none():
-            self.log.step(done, result.figures() | self.clock.read(self.recipe.batch.global_batch))
+            speed = self.clock.read(self.recipe.batch.global_batch)
+            self.log.step(done, self.interval.read(result) | speed, self.clock.seconds_per_step)
             self.log.host(done, host)
 
     def _validate(self, done: int) -> bool:
@@ -193,7 +196,10 @@ class _Training:
         with self.runtime.all_or_none():
             self.log.sync()
         measured = self.validated[1] if self.validated and self.validated[0] == done else None
-        loop_state = {"watch": self.limits.state(), "validation": measured, "validation_due": validation_due}
+        loop_state = {
+            "watch": self.limits.state(), "interval": self.interval.state(), "validation": measured,
+            "validation_due": validation_due,
+        }  # fmt: skip
         self.saver.save(done, checkpoint_state(self.session, done) | loop_state)
 
     def _is_best(self, done: int) -> bool:

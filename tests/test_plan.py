@@ -1,7 +1,6 @@
-"""What a task says that it measures is what it measures."""
+"""When a run saves."""
 
 import pytest
-import torch
 
 from dsmim.plan import plan
 from dsmim.recipe.reading import parse_recipe
@@ -14,35 +13,6 @@ TASKS = {"simmim": {"name": "simmim", "mask_patch": 16}, "classify": {"name": "c
 def build(tmp_path, task: str, **changes):
     recipe = parse_recipe(tiny_recipe(tmp_path, task=TASKS[task], **changes), "tiny")
     return recipe, build_task(recipe)
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_the_figures_are_those_of_the_metrics(tmp_path, name):
-    _, task = build(tmp_path, name)
-    assert tuple(task.metrics(torch.ones(3))) == task.figures
-
-
-@pytest.mark.parametrize(
-    ("name", "metric", "message"),
-    [
-        ("simmim", "accuracy", "'accuracy' is unknown; task simmim measures loss"),
-        ("classify", "val_loss", "'val_loss' is unknown; task classify measures loss, accuracy; did you mean loss?"),
-        ("classify", "acuracy", "measures loss, accuracy; did you mean accuracy?"),
-        ("classify", "samples", "measures loss, accuracy"),
-    ],
-)
-def test_keep_best_needs_a_figure_of_the_task(tmp_path, name, metric, message):
-    recipe, task = build(tmp_path, name, checkpoint={"keep_best": {"metric": metric, "mode": "max"}})
-    with pytest.raises(ValueError, match=r"checkpoint\.keep_best\.metric: ") as raised:
-        plan(recipe, task, 53, 1, None)
-    assert message in str(raised.value)
-
-
-def test_keep_best_needs_a_validation(tmp_path):
-    data = {"train": f"{tmp_path}/train-*.tar"}
-    recipe, task = build(tmp_path, "simmim", data=data, checkpoint={"keep_best": {"metric": "loss", "mode": "min"}})
-    with pytest.raises(ValueError, match=r"checkpoint\.keep_best: nothing is validated; give data\.val"):
-        plan(recipe, task, 53, 1, None)
 
 
 @pytest.mark.parametrize(
@@ -58,3 +28,16 @@ def test_the_steps_that_save(tmp_path, checkpoint, steps):
     recipe, task = build(tmp_path, "simmim", checkpoint=checkpoint)
     saving = plan(recipe, task, 53, 1, None).saving
     assert [step for step in range(1, 7) if saving(step)] == steps
+
+
+@pytest.mark.parametrize(
+    ("keep_every", "kept"), [(None, []), ({"epochs": 2}, [14, 28]), ({"steps": 5}, [5, 10, 15, 20, 25, 30])]
+)
+def test_what_is_to_be_kept_is_saved(tmp_path, keep_every, kept):
+    """An epoch of 53 samples has 6.6 steps, and counts as 7; two have 13.25, and count as 14."""
+    checkpoint = {"every": {"steps": 4}, "keep_every": keep_every}
+    recipe, task = build(tmp_path, "simmim", schedule={"duration": {"steps": 33}}, checkpoint=checkpoint)
+    found = plan(recipe, task, 53, 1, None)
+    saved = [step for step in range(1, 34) if found.saving(step)]
+    assert saved == sorted({4, 8, 12, 16, 20, 24, 28, 32, 33, *kept})
+    assert [step for step in saved if found.keep_every and step % found.keep_every == 0] == kept

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from benchmarks.kill_resume_compare import stream
 from dsmim.checkpoint.reading import locate
 from dsmim.checkpoint.zero_shards import read_weights
 from tests.conftest import dsmim, run, tiny_recipe
@@ -74,7 +75,7 @@ assert left() == after[0], (left(), after)
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, shards):
     folder = tmp_path_factory.mktemp("runs")
-    recipe = json.dumps(tiny_recipe(shards))
+    recipe = json.dumps(tiny_recipe(shards, log={"every": 4, "tensorboard": False}))
     run("python", "-c", NOTEBOOK, folder, recipe)
     (folder / "recipe.yaml").write_text(recipe)  # JSON is YAML
     dsmim("train", folder / "recipe.yaml", "--run-dir", folder / "alone", "engine.deepspeed=zero3")
@@ -93,4 +94,11 @@ def test_another_stage_in_the_same_process_takes_the_same_steps(runs):
         [json.loads(line)["loss"] for line in (runs / name / "metrics.jsonl").read_text().splitlines() if "lr" in line]
         for name in ("third", "alone")
     ]
-    assert losses[0] == pytest.approx(losses[1], abs=2e-6) and len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], abs=2e-6) and len(losses[0]) == 2
+
+
+def test_a_run_stopped_between_two_lines_of_the_log_writes_the_same_lines(runs):
+    found = [stream(runs / name / "metrics.jsonl") for name in ("stopped", "alone")]
+    assert found[0] == found[1] and [line["step"] for line in found[0]] == [3, 4, 6, 6]
+    state = json.loads((runs / "alone/checkpoints/step_00000002/state.json").read_text())
+    assert state["interval"]["applied"] == 2 and state["interval"]["skipped"] == 0

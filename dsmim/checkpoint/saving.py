@@ -9,7 +9,6 @@ checkpoint is published at the first step boundary at which every rank has finis
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsmim import strict_json
 from dsmim.checkpoint.reading import (
     MANIFEST,
     STATE,
@@ -149,9 +149,9 @@ class Saver:
 
     def _publish(self, pending: _Pending, files: dict[str, Any]) -> None:
         final = self.folder / name_of(pending.step)
-        _write_text(pending.partial / STATE, json.dumps(pending.state, indent=1) + "\n")
+        _write_text(pending.partial / STATE, strict_json.dumps(pending.state, indent=1) + "\n")
         files[STATE] = file_entry(pending.partial / STATE)
-        _write_text(pending.partial / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
+        _write_text(pending.partial / MANIFEST, strict_json.dumps({"files": files}, indent=1) + "\n")
         _fsync(pending.partial)
         if final.exists():  # a damaged one of the same step: a run would have resumed from a valid one
             shutil.rmtree(final)

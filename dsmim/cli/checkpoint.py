@@ -35,16 +35,15 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def run_evaluate(options: argparse.Namespace) -> None:
     """Evaluate. Rank 0 prints the figures."""
-    import json
-
+    from dsmim import strict_json
     from dsmim.cluster.placement import is_first
     from dsmim.evaluate import evaluate
 
     figures = evaluate(options.checkpoint, options.overrides, "ema" if options.ema else "fp32")
     if is_first(os.environ):
-        print(json.dumps(figures))
+        print(strict_json.dumps(figures))
         if options.json:
-            options.json.write_text(json.dumps(figures) + "\n")
+            options.json.write_text(strict_json.dumps(figures) + "\n")
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ def add_overrides(parser: argparse.ArgumentParser, about: str = "recipe keys to 
 def add_run_dir(parser: argparse.ArgumentParser) -> None:
     """Add the options that name the run to start or resume."""
     parser.add_argument(
-        "--run-dir", type=Path, metavar="DIR", help="folder of checkpoints and logs (default: runs/RECIPE)"
+        "--run-dir", type=path, metavar="DIR", help="folder of checkpoints and logs (default: runs/RECIPE)"
     )
     parser.add_argument("--fork", action="store_true", help="continue the run although its recipe has changed")
 
@@ -39,6 +39,11 @@ def add_run_dir(parser: argparse.ArgumentParser) -> None:
 def add_local_rank(parser: argparse.ArgumentParser) -> None:
     """Accept the option that the deepspeed launcher passes. It has no effect: ranks come from the environment."""
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def path(text: str) -> Path:
+    """Return a path; ~ is the home folder, which a shell does not put into --run-dir=~/runs."""
+    return Path(text).expanduser()
 
 
 def count(text: str) -> int:

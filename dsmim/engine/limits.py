@@ -10,9 +10,13 @@ from typing import Any
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.zero import StepResult
 from dsmim.health.outcome import Stopped
-from dsmim.recipe import Recipe
+from dsmim.recipe import ClassifyTask, Recipe, SimMIMTask
 
 LOSSES = 20  # steps over which the loss is averaged before it is compared
+
+_UNTRAINED_SIMMIM = 1.0
+"""A bound on the loss of an untrained network in masked image modelling: a prediction of 0 for pixels normalised to
+variance 1 is off by at most 1 on average, and by about 0.8 on photographs."""
 
 _STATE = ("bad", "seen", "skipped_in_a_row", "first", "last")
 """Attributes that a checkpoint keeps, by their names in state.json."""
@@ -26,7 +30,7 @@ class FaultLimits:
 
     def __init__(self, recipe: Recipe, runtime: Runtime, say: Callable[[str], None], epoch_samples: int):
         self.max_share, self.max_skipped = recipe.data.max_undecodable, recipe.engine.max_skipped
-        self.max_growth = recipe.engine.max_loss_growth
+        self.max_growth, self.untrained = recipe.engine.max_loss_growth, untrained_loss(recipe.task)
         self.first: list[float] = []
         """Losses of the run's first steps."""
         self.last: list[float] = []
@@ -91,16 +95,25 @@ class FaultLimits:
             )
 
     def _check_growth(self, step: int, loss: float) -> None:
-        """Compare the newest losses with the run's first ones.
+        """Compare the newest losses with the run's first ones, and with that of an untrained network: a fine-tuning
+        may start near 0, and many times that is still a good loss.
 
         This shows a loss that grows without bound. It does not show one that falls back to the level of chance.
         """
         self.first = self.first if len(self.first) == LOSSES else [*self.first, loss]
         self.last = [*self.last, loss][-LOSSES:]
         first, last = (sum(losses) / len(losses) for losses in (self.first, self.last))
-        if self.max_growth is not None and len(self.last) == LOSSES and last > self.max_growth * first:
+        if self.max_growth is None or len(self.last) < LOSSES:
+            return
+        if last > max(self.max_growth * first, self.untrained):
             raise Stopped(
                 f"step {step}: the loss has diverged: its mean is {last:.4g} over the last {LOSSES} steps and "
                 f"{first:.4g} over the first (engine.max_loss_growth {self.max_growth:g}); the last checkpoint is "
                 "still valid. Lower optim.lr, lengthen schedule.warmup or tighten optim.clip_grad"
             )
+
+
+def untrained_loss(task: SimMIMTask | ClassifyTask) -> float:
+    """Return the loss of an untrained network: in classification ln(classes), that of equal probabilities, which label
+    smoothing and mixing do not change."""
+    return math.log(task.num_classes) if task.name == "classify" else _UNTRAINED_SIMMIM

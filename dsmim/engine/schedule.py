@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsmim.recipe import Optim, Schedule
+from dsmim.recipe import Duration, Optim, Schedule
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def resolve_schedule(schedule: Schedule, optim: Optim, global_batch: int, epoch_
     """Return the recipe's schedule with durations in steps and rates after the recipe's scaling rule.
 
     epoch_samples: samples of one epoch. The cosine starts after the warm-up (WARMUP_PREFIX in
-    microsoft/Swin-Transformer). Raises ValueError when the warm-up is longer than the training.
+    microsoft/Swin-Transformer). Raises ValueError when the warm-up is longer than the training, and for milestones that
+    are not in order or not before the end.
     """
     factor = global_batch / optim.lr_base_batch if optim.lr_scaling == "linear" else 1.0
     total = schedule.duration.in_steps(global_batch, epoch_samples)
@@ -50,5 +52,31 @@ def resolve_schedule(schedule: Schedule, optim: Optim, global_batch: int, epoch_
     if warmup > total:
         raise ValueError(f"schedule.warmup: {warmup} steps are more than the whole duration of {total} steps")
     milestones = tuple(m.in_steps(global_batch, epoch_samples) for m in schedule.milestones)
+    _check_milestones(schedule.milestones, milestones, total)
     rates = (rate * factor for rate in (optim.lr, schedule.warmup_lr, schedule.min_lr))
     return LearningRate(*rates, warmup, total, milestones, schedule.gamma)
+
+
+def _check_milestones(given: Sequence[Duration], steps: Sequence[int], total: int) -> None:
+    """Raise ValueError, with every pair of milestones that is not in order and every one that is not before the end.
+
+    Their units may differ, so only their steps can be compared.
+    """
+    names = [f"schedule.milestones[{i}] ({_shown(one)})" for i, one in enumerate(given)]
+    problems = [
+        f"{names[i]} is step {steps[i]}, {names[i + 1]} is step {steps[i + 1]}: each must be later than the one before"
+        for i in range(len(steps) - 1)
+        if steps[i] >= steps[i + 1]
+    ]
+    problems += [
+        f"{name} is step {step}, but training ends after {total} steps: it would never have an effect; remove it, or "
+        "change it with schedule.duration"
+        for name, step in zip(names, steps, strict=True)
+        if step >= total
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _shown(duration: Duration) -> str:
+    return ", ".join(f"{unit}: {value:g}" for unit, value in duration.model_dump(exclude_none=True).items())

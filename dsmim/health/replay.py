@@ -6,7 +6,6 @@ RUN/replay/step_00001234/rank_0.json          everything else (sample keys, seed
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+
+from dsmim import strict_json
 
 BUNDLES = 3  # steps kept per run: the first ones show what is wrong
 
@@ -36,7 +37,7 @@ def write(
     try:
         bundle.mkdir(parents=True, exist_ok=True)
         _put(bundle / f"rank_{rank}.safetensors", safetensors.torch.save(tensors))
-        _put(bundle / f"rank_{rank}.json", (json.dumps(content, indent=1, default=str) + "\n").encode())
+        _put(bundle / f"rank_{rank}.json", (strict_json.dumps(content, indent=1, default=str) + "\n").encode())
     except OSError as error:
         return f"no replay bundle of step {step}: {bundle} cannot be written ({error.strerror})"
     return bundle
@@ -49,7 +50,7 @@ def read(bundle: Path, rank: int) -> tuple[list[dict[str, Any]], dict[str, Any]]
     none of this rank, or when a file is damaged.
     """
     try:
-        info = json.loads((bundle / f"rank_{rank}.json").read_text())
+        info = strict_json.loads((bundle / f"rank_{rank}.json").read_text())
         tensors = safetensors.torch.load((bundle / f"rank_{rank}.safetensors").read_bytes())
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"{bundle}: holds no replay of rank {rank} ({error})") from None

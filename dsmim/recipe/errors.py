@@ -7,6 +7,9 @@ import typing
 
 from pydantic import BaseModel, ValidationError
 
+from dsmim.recipe.aliases import alias, shown_number
+from dsmim.recipe.section import Duration
+
 
 class RecipeError(ValueError):
     """All problems of a recipe, one line each."""
@@ -33,7 +36,11 @@ def nearest(word: str, known: list[str]) -> str:
 def _line(item: dict, model: type[BaseModel]) -> str:
     key, section = _walk(item["loc"], model)
     if item["type"] == "extra_forbidden":
-        return f"{key}: unknown key{nearest(str(item['loc'][-1]), list(section.model_fields) if section else [])}"
+        return f"{key}: unknown key{_meant(str(item['loc'][-1]), item['input'], section, model)}"
+    if item["type"] in ("model_type", "model_attributes_type"):
+        if item.get("ctx", {}).get("class_name") == Duration.__name__:
+            return _without_unit(key, item["input"])
+        return _not_a_section(key, item["input"], model)
     if item["type"] == "missing":
         return f"{key}: missing; give it a value"
     if item["type"] == "union_tag_not_found":
@@ -45,6 +52,48 @@ def _line(item: dict, model: type[BaseModel]) -> str:
     given = item["input"]
     shown = "" if isinstance(given, (dict, list, BaseModel)) else f" (given: {given!r})"
     return f"{key}: {message[0].lower() + message[1:]}{shown}"
+
+
+def _meant(word: str, given: object, section: type[BaseModel] | None, model: type[BaseModel]) -> str:
+    """Return the end of a message about an unknown key: its name here, if other programs call it so or if it is in
+    another section; else the most similar key of its section, or all of them."""
+    fields = section.model_fields if section else {}
+    lengths = [name for name, field in fields.items() if Duration in _sections(field.annotation)]
+    if lengths and word in Duration.model_fields:
+        return f"; did you mean {lengths[0]}={{{word}: {shown_number(given)}}}?"
+    if name := alias(word, given):
+        return f"; did you mean {name}?"
+    others = [key for key in keys_of(model) if key.rsplit(".", 1)[-1] == word]
+    tasks = [_tag(one) for one in _sections(model.model_fields["task"].annotation) if word in one.model_fields]
+    if others == [f"task.{word}"] and section is not None and _tag(section) is not None:
+        return f"; it is a key of task.name={tasks[0]}"
+    if len(others) == 1:
+        return f"; did you mean {others[0]}?"
+    return nearest(word, list(fields))
+
+
+def keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Return the dotted keys of all values below a section, each once."""
+    found = {}
+    for name, field in section.model_fields.items():
+        inner = _sections(field.annotation)
+        keys = [key for one in inner for key in keys_of(one, f"{prefix}{name}.")] or [f"{prefix}{name}"]
+        found |= dict.fromkeys(keys)
+    return list(found)
+
+
+def _without_unit(key: str, given: object) -> str:
+    number = shown_number(given)
+    units = [f"{{{unit}: {number}}}" for unit in Duration.model_fields]
+    return f"{key}: give a length with its unit: {' or '.join(units)} (given: {given!r})"
+
+
+def _not_a_section(key: str, given: object, model: type[BaseModel]) -> str:
+    """Return the message about a value where keys are expected."""
+    inner = [name.removeprefix(f"{key}.").split(".")[0] for name in keys_of(model) if name.startswith(f"{key}.")]
+    meant = f"did you mean {key}.name={given}?" if "name" in inner and isinstance(given, str) else ""
+    known = ", ".join(dict.fromkeys(inner))
+    return f"{key}: is a section, not a value (given: {given!r}); {meant or f'its keys: {known}'}"
 
 
 def _walk(loc: tuple, model: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from dsmim.recipe.section import Count, Positive, Section
+from dsmim.recipe.section import Count, Positive, Section, UserPath
 
 
 def _decodable(channels: int) -> int:
@@ -47,11 +47,11 @@ class Model(Section):
     """Recompute blocks only in this many first stages; null: in all stages."""
     compile: bool = False
     """Compile every block by torch.compile: faster steps after minutes of compilation."""
-    weights: str | None = None
+    weights: UserPath | None = None
     """Where training starts from: a run directory, one of its checkpoints, a .safetensors file, or a file of
     torch.save; with the parameter names of dsmim, of timm, or of the authors of Swin V2, SimMIM, DeiT III, MAE or
     BEiT."""
-    weights_head: str | None = None
+    weights_head: UserPath | None = None
     """What to do with the classifier of the weights; needed if the model has one too: keep, drop (use a new one),
     imagenet22k-goog, imagenet22k-fall2011 or imagenet22k-ms (take the rows of ImageNet-1K's classes from a head in this
     order), or a file with one row number per class."""

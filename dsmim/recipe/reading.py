@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from dsmim.recipe.contradictions import contradictions
 from dsmim.recipe.errors import RecipeError, explain, nearest
-from dsmim.recipe.pixels import pixel_problems
 from dsmim.recipe.schema import Recipe
 
 # Keys that may differ when a run resumes: they change its speed, or what is seen of it, not what it learns. data.train
@@ -43,32 +44,25 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def load_recipe(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe of a shipped name or a path, with `key=value` overrides applied.
 
     Raises RecipeError (a ValueError) that lists every problem, each with its key and the fix.
     """
-    return apply_overrides(_read_yaml(_locate(source)), source, overrides)
-
-
-def apply_overrides(tree: dict[str, Any], source: str, overrides: list[str] | tuple[str, ...]) -> Recipe:
-    """Return the recipe of a tree of keys, with `key=value` overrides applied. Raises RecipeError."""
-    tree = copy.deepcopy(tree)
-    problems = [problem for item in overrides if (problem := _override(tree, item))]
+    tree, problems = _overridden(_read_yaml(_locate(source)), overrides)
     return parse_recipe(tree, source, problems)
 
 
-def parse_recipe(tree: dict[str, Any], source: str, problems: list[str] | None = None) -> Recipe:
+def stored_recipe(tree: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe that a checkpoint or a file of weights keeps, with `key=value` overrides applied. Raises
+    RecipeError, but not for contradictions: what had no effect in the training has none now."""
+    tree, problems = _overridden(tree, overrides)
+    return _validated(tree, source, problems, lambda recipe: [])
+
+
+def parse_recipe(tree: dict[str, Any], source: str, problems: Sequence[str] = ()) -> Recipe:
     """Return the recipe of a tree of keys. Raises RecipeError, which lists `problems` found before too."""
-    problems = list(problems or [])
-    try:
-        recipe = Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise RecipeError(source, problems + explain(error, Recipe)) from None
-    problems += _contradictions(recipe)
-    if problems:
-        raise RecipeError(source, problems)
-    return recipe
+    return _validated(tree, source, problems, contradictions)
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -81,7 +75,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 def _locate(source: str) -> Path:
     shipped = shipped_recipes()
-    path = shipped.get(source, Path(source))
+    path = shipped.get(source, Path(source).expanduser())
     if not path.is_file():
         raise RecipeError(source, [f"no such file, and no shipped recipe of that name{nearest(source, list(shipped))}"])
     return path
@@ -95,6 +89,49 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise RecipeError(str(path), ["the file must hold keys with values (key: value)"])
     return tree
+
+
+def _given_twice(overrides: Sequence[str]) -> list[str]:
+    """Return the problems of overrides of which only the last would count: a key given twice, or one whose section is
+    given after it."""
+    given = [item.partition("=")[::2] for item in overrides]
+    keys, problems = [key for key, _ in given], []
+    for key in dict.fromkeys(keys):
+        values = [value for other, value in given if other == key]
+        if len(values) > 1:
+            problems.append(_twice(key, values))
+        last = len(keys) - 1 - keys[::-1].index(key)
+        if inner := [one for one in keys[:last] if one.startswith(f"{key}.")]:
+            problems.append(f"{key}: given after {inner[0]}, which it would replace; give {key} first, or only one")
+    return problems
+
+
+def _twice(key: str, values: list[str]) -> str:
+    shown = [*values[:3], f"… ({len(values)} in all)"] if len(values) > 3 else values
+    hint = ""
+    if len(set(values)) > 1 and all("/" in value or ".tar" in value for value in values):
+        hint = f"; if the shell made them of one pattern {{…}}, quote it: '{key}=…{{000000..000003}}.tar'"
+    return f"{key}: given {len(values)} times: {', '.join(shown)}; give it once{hint}"
+
+
+def _validated(
+    tree: dict[str, Any], source: str, problems: Sequence[str], further: Callable[[Recipe], list[str]]
+) -> Recipe:
+    """Return the recipe of a tree. Raises RecipeError with `problems`, those of its keys, and `further` ones of it."""
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(source, [*problems, *explain(error, Recipe)]) from None
+    if found := [*problems, *further(recipe)]:
+        raise RecipeError(source, found)
+    return recipe
+
+
+def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return a copy of the tree with the overrides applied, and their problems."""
+    tree = copy.deepcopy(tree)
+    problems = _given_twice(overrides)
+    return tree, problems + [problem for item in overrides if (problem := _override(tree, item))]
 
 
 def _override(tree: dict[str, Any], item: str) -> str | None:
@@ -114,25 +151,6 @@ def _override(tree: dict[str, Any], item: str) -> str | None:
     except yaml.YAMLError as error:
         return f"override {item!r}: the value is not valid YAML ({error})"
     return None
-
-
-def _contradictions(recipe: Recipe) -> list[str]:
-    """Return the problems between sections, which no section can see alone."""
-    batch, problems = recipe.batch, []
-    if batch.micro_batch != "auto" and batch.global_batch % batch.micro_batch:
-        problems.append(
-            f"batch.global_batch: {batch.global_batch} is not a multiple of batch.micro_batch {batch.micro_batch}"
-        )
-    if recipe.task.name == "simmim" and recipe.model.img_size % recipe.task.mask_patch:
-        problems.append(
-            f"task.mask_patch: {recipe.task.mask_patch} does not divide model.img_size {recipe.model.img_size}"
-        )
-    mixes = recipe.task.name == "classify" and (recipe.task.mixup or recipe.task.cutmix)
-    if mixes and (batch.global_batch % 2 or (batch.micro_batch != "auto" and batch.micro_batch % 2)):
-        problems.append(
-            "batch: mixup and CutMix pair neighbours: batch.global_batch and batch.micro_batch must be even"
-        )
-    return problems + pixel_problems(recipe.model.in_chans, recipe.data)
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

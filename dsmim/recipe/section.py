@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path; ~ is the home folder, which a shell puts in only where a word begins with it."""
 
 
 def _listed(value: Any) -> Any:

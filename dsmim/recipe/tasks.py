@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,8 @@ class SimMIMTask(Section):
     """Masked image modelling (SimMIM, arXiv 2111.09886)."""
 
     name: Literal["simmim"]
+    figures: ClassVar[tuple[str, ...]] = ("loss",)
+    """What a validation measures, for checkpoint.keep_best."""
     mask_ratio: Share = 0.6
     """Share of the mask patches that are hidden; their number is rounded up, as in the authors' code."""
     mask_patch: Count = 32
@@ -31,6 +33,8 @@ class ClassifyTask(Section):
     """Supervised classification with cross entropy over soft targets."""
 
     name: Literal["classify"]
+    figures: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
+    """What a validation measures, for checkpoint.keep_best."""
     num_classes: Annotated[int, Field(ge=2)]
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     mixup: Annotated[float, Field(ge=0)] = 0.0
@@ -38,4 +42,19 @@ class ClassifyTask(Section):
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     """Alpha of the Beta distribution of CutMix; 0: no CutMix."""
     mix_switch: Share = 0.5
-    """Share of the steps that use CutMix, when both are on."""
+    """Share of the draws that use CutMix, when both are on."""
+    mix_run: Annotated[int, Field(ge=2, multiple_of=2)] = 2
+    """Number of neighbouring samples that share one draw of mixup or CutMix, coefficient and box; 2: each pair has its
+    own. timm draws once per GPU's batch: give its size to do the same at any number of GPUs."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether samples are mixed with their neighbours."""
+        return bool(self.mixup or self.cutmix)
+
+    def odd_batch(self, key: str, size: int) -> str | None:
+        """Return the problem of a batch of `size` samples, named by `key`, whose last sample has no neighbour to be
+        mixed with; None: there is none."""
+        if not self.mixes or size % 2 == 0:
+            return None
+        return f"{key}: mixup and CutMix pair neighbours; {size} samples are odd, set an even number"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dsmim.recipe.section import Count, Duration, Positive, Section, Share
+from dsmim.recipe.section import Count, Duration, Positive, Section, Share, UserPath
 
 
 class Optim(Section):
@@ -55,7 +55,7 @@ class Schedule(Section):
 class Engine(Section):
     """How a step is computed, and when a run fails."""
 
-    deepspeed: str = "zero3"
+    deepspeed: UserPath = "zero3"
     """A DeepSpeed JSON file: the name of a shipped one (in ds_configs), or a path."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on an accelerator, fp32 on CPU."""
@@ -63,8 +63,8 @@ class Engine(Section):
     """Largest number of steps in a row that may be skipped because their loss or gradient is not finite; one more stops
     the run."""
     max_loss_growth: Annotated[float, Field(gt=1)] | None = 3
-    """Stop the run as diverged when the mean loss of its last 20 steps exceeds this multiple of that of its first 20;
-    null: never."""
+    """Stop the run as diverged when the mean loss of its last 20 steps exceeds this multiple of that of its first 20,
+    and also the loss of an untrained network (classification: ln(classes); masked image modelling: 1); null: never."""
     timeout_minutes: Positive = 10
     """How long a rank waits for another one, before the job ends with an error. It holds until the first step is done,
     and in validation and saving."""

@@ -35,8 +35,6 @@ class Task(ABC):
     """Images (B, C, H, W) uint8 → float32, as the model takes them."""
     layers: dict[str, int]
     """Parameter name → layer id, for layer-wise learning-rate decay."""
-    figures: tuple[str, ...]
-    """Names of what `metrics` returns."""
     classes: int | None = None
     """Number of classes that the samples' labels count; None: samples need no label."""
     train_sample: Callable[[Buffer, int | None], Batch]
@@ -54,7 +52,10 @@ class Task(ABC):
 
     @abstractmethod
     def training_loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """Return the mean loss of a micro batch on the device; batch["step"] is the optimizer step."""
+        """Return the mean loss of a micro batch on the device.
+
+        batch["step"] is the optimizer step; batch["position"], (B,) in host memory, where each sample is in the order.
+        """
 
     @abstractmethod
     def validation_sums(self, forward: Forward, batch: Batch) -> torch.Tensor:

@@ -25,8 +25,6 @@ class _LabelledSample:
 class Classify(Task):
     """Classification with cross entropy over soft targets: label smoothing, mixup, CutMix."""
 
-    figures = ("loss", "accuracy", "samples")
-
     def __init__(self, recipe: Recipe):
         self.settings, self.seed = recipe.task, recipe.seed
         self.classes = recipe.task.num_classes
@@ -38,16 +36,14 @@ class Classify(Task):
 
     def check_micro_batch(self, size: int) -> None:
         """Raise ValueError for an odd size with mixup or CutMix, which pair neighbours."""
-        if size % 2 and (self.settings.mixup or self.settings.cutmix):
-            raise ValueError(
-                f"batch.micro_batch: mixup and CutMix pair neighbours; {size} samples per rank are odd, set an even one"
-            )
+        if problem := self.settings.odd_batch("batch.micro_batch", size):
+            raise ValueError(problem)
 
     def training_loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Return the mean cross entropy over soft targets, after mixup or CutMix."""
         images, targets = self.normalise(batch["image"]), self._targets(batch["label"])
-        if self.settings.mixup or self.settings.cutmix:
-            images, targets = mix(images, targets, self.settings, self.seed, batch["step"])
+        if self.settings.mixes:
+            images, targets = mix(images, targets, batch["position"], self.settings, self.seed)
         logits = forward(images).float()  # (B, classes)
         return -(targets * F.log_softmax(logits, dim=-1)).sum(dim=-1).mean()
 

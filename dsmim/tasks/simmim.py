@@ -27,8 +27,6 @@ class _MaskedSample:
 class MaskedImageModelling(Task):
     """SimMIM (arXiv 2111.09886, as used by arXiv 2206.04664)."""
 
-    figures = ("loss", "samples")
-
     def __init__(self, recipe: Recipe):
         encoder = encoder_from(recipe, num_classes=0)
         self.model = SimMIM(encoder, recipe.task.target_window)

@@ -107,7 +107,7 @@ def curve(metrics: Path) -> dict[str, list]:
     """Return the steps of the validations, their loss, and the mean training loss since the validation before."""
     steps, train_loss, val_loss, window = [], [], [], []
     for line in map(json.loads, metrics.read_text().splitlines()):
-        if "loss" in line:
+        if line.get("loss") is not None:
             window.append(line["loss"])
         if "val_loss" in line:
             steps.append(line["step"])

@@ -91,6 +91,16 @@ def test_usage_errors(words):
     assert ended.value.code == 2
 
 
+def test_the_home_folder_in_an_option(monkeypatch, tmp_path):
+    from argparse import ArgumentParser
+
+    from dsmim.cli.words import add_run_dir
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    add_run_dir(parser := ArgumentParser())
+    assert parser.parse_args(["--run-dir=~/runs"]).run_dir == tmp_path / "runs"
+
+
 def test_overrides_may_follow_options(capsys, recipe):
     assert main(["samples", recipe, "--steps", "0:1", "batch.global_batch=2", "--world-size", "2", "seed=3"]) == 0
     assert len(capsys.readouterr().out.split()) == 2

@@ -101,7 +101,7 @@ def test_recipe_errors_are_reported_with_the_others(home, capsys):
 def test_odd_micro_batches_cannot_be_mixed(home, capsys):
     words = ("r.yaml", "task={name: classify, num_classes: 3, mixup: 0.8}")
     code, _, error = submit(capsys, *words)
-    assert code == 1 and "mixup and CutMix pair neighbours; 1 samples per rank are odd" in error
+    assert code == 1 and "batch.micro_batch: mixup and CutMix pair neighbours; 1 samples are odd" in error
     assert submit(capsys, *words, ranks=(1, 4))[0] == 0
 
 

@@ -64,3 +64,19 @@ def test_a_loss_that_diverges_stops_the_run(tmp_path):
     never = fault_limits(tmp_path, [], engine={"max_loss_growth": None})
     for step in range(100):
         never.check_step(step, 10.0**step, 1.0, fine, [])
+
+
+CLASSIFY = {"task": {"name": "classify", "num_classes": 1000}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "first", "fine", "diverged"), [({}, 0.01, 0.9, 1.1), ({}, 0.7, 2.0, 2.2), (CLASSIFY, 0.01, 6.8, 7.0)]
+)
+def test_a_run_that_starts_near_zero_has_not_diverged_below_an_untrained_loss(tmp_path, changes, first, fine, diverged):
+    """ln(1000) is 6.91."""
+    applied, limits = StepResult(1.0, 1e-3, applied=True), fault_limits(tmp_path, [], **changes)
+    for step in range(100):
+        limits.check_step(step, first if step < 20 else fine, 1.0, applied, [])
+    with pytest.raises(Stopped, match="the loss has diverged"):
+        for step in range(100, 140):
+            limits.check_step(step, diverged, 1.0, applied, [])

@@ -109,5 +109,7 @@ def test_a_full_disk_is_reported_and_nothing_is_left_behind(tmp_path):
 
 def test_values_that_json_does_not_have_are_written_as_text(tmp_path):
     bundle = replay.write(tmp_path, 1, 0, [batch()], {"newest_checkpoint": tmp_path, "grad_norm": math.inf})
-    info = json.loads((bundle / "rank_0.json").read_text())
+    written = json.loads((bundle / "rank_0.json").read_text())
+    assert (written["grad_norm"], written["grad_norm_state"]) == (None, "inf")
+    info = replay.read(bundle, 0)[1]
     assert info["newest_checkpoint"] == os.fspath(tmp_path) and info["grad_norm"] == math.inf
