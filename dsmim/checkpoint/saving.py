@@ -108,7 +108,7 @@ class Saver:
         self.runtime.on_rank_zero(lambda: self._add_validation(step, figures))
 
     def _add_validation(self, step: int, figures: dict[str, float]) -> None:
-        _replace(self.folder / name_of(step) / VALIDATION, json.dumps(figures) + "\n")
+        _replace(self.folder / name_of(step) / VALIDATION, strict_json.dumps(figures) + "\n")
         self._remove_old()
 
     def _begin(self, step: int, state: dict[str, Any], begun: float) -> None:

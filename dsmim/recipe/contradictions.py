@@ -105,4 +105,5 @@ def _best(recipe: Recipe) -> Iterator[str]:
     if best.metric not in figures:
         close = difflib.get_close_matches(best.metric, figures, n=1, cutoff=0.5)
         meant = f"; did you mean {close[0]}?" if close else ""
-        yield f"checkpoint.keep_best.metric: {recipe.task.name} measures {', '.join(figures)}, no {best.metric!r}{meant}"
+        known = ", ".join(figures)
+        yield f"checkpoint.keep_best.metric: {recipe.task.name} measures {known}, no {best.metric!r}{meant}"
