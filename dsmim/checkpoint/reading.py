@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dsmim import strict_json
 from dsmim.data.normalisation import as_stored
 from dsmim.engine.digest import sha256
 from dsmim.engine.runtime import Runtime
@@ -57,7 +58,7 @@ def find_valid(folder: Path, runtime: Runtime) -> tuple[Path | None, list[str]]:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return state.json of a checkpoint. Raises ValueError when the folder is no checkpoint or has another format."""
     try:
-        state = json.loads(patiently((checkpoint / STATE).read_text))
+        state = strict_json.loads(patiently((checkpoint / STATE).read_text))
     except (OSError, ValueError) as error:
         raise ValueError(f"{checkpoint}: is not a checkpoint of dsmim ({error})") from None
     if state.get("format") != STATE_FORMAT:
@@ -76,7 +77,7 @@ def validation_of(checkpoint: Path) -> dict[str, float]:
 
 def _values(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(patiently(path.read_text))
+        values = strict_json.loads(patiently(path.read_text))
     except (FileNotFoundError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -28,7 +28,7 @@ from dsmim.weights.match import State
 
 LAYOUTS = ("timm", "authors", "dsmim")
 SUFFIXES = (".safetensors", ".pth")
-_SETTINGS = ("img_size", "in_chans", "window_size", "pretrained_window_sizes", "extra_norm_every")
+_SETTINGS = ("img_size", "in_chans", "window_size", "pretrained_window_sizes", "extra_norm_every", "options")
 
 
 def export(path: Path, out: Path, layout: str = "timm", which: str = "fp32") -> str:
@@ -159,7 +159,7 @@ def _encoder(weights: State, whose: str = "timm") -> tuple[State, str]:
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """Return the settings of recipe.model that shape the network, without those that are not set."""
     found = recipe.model.model_dump(include=set(_SETTINGS))
-    return {key: value for key, value in found.items() if value} | recipe.model.options
+    return {key: value for key, value in found.items() if value}
 
 
 def _learned(recipe: Recipe) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from timm.data import resolve_data_config
 
 from dsmim.checkpoint.run_directory import RunDirectory, changes_of
+from dsmim.data.decode import decoder_name
 from dsmim.data.normalisation import IMAGENET, Normalisation, normalisation, settled
 from dsmim.recipe.errors import RecipeError
 from dsmim.recipe.reading import parse_recipe
@@ -29,6 +30,9 @@ def of_timm(folder, name, options=None, **data):
     tree = tiny_recipe(folder, task=CLASSIFY, model=model)
     tree["data"] |= data
     return parse_recipe(tree, "test")
+
+
+SAME = {"data_fingerprint": "f", "decoder": decoder_name()}
 
 
 def saved(folder, recipe: dict, **state) -> RunDirectory:
@@ -117,15 +121,15 @@ def test_a_resumed_run_keeps_its_figures_and_others_need_a_fork(tmp_path):
     directory = saved(tmp_path / "run", recipe.model_dump(mode="json"))
     state = {"recipe": recipe.model_dump(mode="json"), "data_fingerprint": "f"}
     silent = recipe_of(tmp_path)
-    assert directory.completed(silent) == recipe and changes_of(state, silent, {"data_fingerprint": "f"}) == []
-    assert changes_of(state, recipe_of(tmp_path, mean=0.5), "f") == []
-    changed = changes_of(state, recipe_of(tmp_path, mean=0.4), "f")
+    assert directory.completed(silent) == recipe and changes_of(state, silent, SAME) == []
+    assert changes_of(state, recipe_of(tmp_path, mean=0.5), SAME) == []
+    changed = changes_of(state, recipe_of(tmp_path, mean=0.4), SAME)
     assert changed == ["data.mean: [0.5, 0.5, 0.5] → [0.4, 0.4, 0.4]"]
 
 
 def test_another_decoder_at_a_resume(tmp_path):
     recipe = settled(recipe_of(tmp_path))
     state = {"recipe": recipe.model_dump(mode="json"), "data_fingerprint": "f"}
-    assert changes_of(state, recipe, "f") == []  # a checkpoint of before the decoder was recorded
-    (change,) = changes_of(state | {"decoder": "torchcodec"}, recipe, "f")
+    assert changes_of(state, recipe, SAME) == []  # a checkpoint of before the decoder was recorded
+    (change,) = changes_of(state | {"decoder": "torchcodec"}, recipe, SAME)
     assert change.startswith("decoder: torchcodec → torchvision and Pillow, EXIF orientation not applied")

@@ -172,14 +172,14 @@ CLASSIFY = {"name": "classify", "num_classes": 3}
         ({"schedule": {"warmup_lr": 0.1}}, "schedule.warmup_lr: 0.1 is above optim.lr 0.001"),
         (
             {"checkpoint": {"keep_best": {"metric": "accuracy", "mode": "max"}}},
-            "simmim measures no 'accuracy'; known: loss",
+            "simmim measures loss, no 'accuracy'",
         ),
         (
             {"data": {"val": None}, "checkpoint": {"keep_best": {"metric": "loss", "mode": "min"}}},
             "checkpoint.keep_best: needs a validation",
         ),
         ({"model": {"options": {"img_size": 64}}}, "model.options.img_size: 64 contradicts model.img_size 32"),
-        ({"model": {"options": {"in_chans": 1}}}, "model.options.in_chans: 1 contradicts the images' channels: 3"),
+        ({"model": {"options": {"in_chans": 1}}}, "model.options.in_chans: 1 contradicts model.in_chans 3"),
         ({"model": {"options": {"pretrained": True}}}, "model.options.pretrained: nothing is downloaded"),
     ],
 )
