@@ -16,15 +16,16 @@ from dsmim.recipe import Recipe
 from dsmim.shards.remote import is_remote
 
 STARTED_IN = "started_in"
-"""Key of state.json: the folder where the run was started."""
+"""Key of state.json: the folder where the run was started first."""
 _KEYS = ("train", "val", "index_dir", "subset")
 
 
 def find_shards(data: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe's section `data` with paths that lead to the shards.
 
-    A relative path that names nothing in this folder is made absolute in the folder where the run was started.
-    state: of a checkpoint of the run; an older one without STARTED_IN changes nothing.
+    In another folder than that where the run was started, relative paths become absolute: in this folder if they name
+    something here, else in the run's. state: of a checkpoint of the run; an older one without STARTED_IN changes
+    nothing.
     """
     folder = state.get(STARTED_IN)
     if folder is None or Path(folder) == Path.cwd():
@@ -42,7 +43,7 @@ def _found(paths: str | list[str], folder: str) -> str | list[str]:
     if isinstance(paths, list):
         return [_found(path, folder) for path in paths]
     elsewhere = is_remote(paths) or paths.startswith("~") or os.path.isabs(paths)  # noqa: PTH117 - may be a pattern
-    return paths if elsewhere or _exists(paths) else str(Path(folder) / paths)
+    return paths if elsewhere else str((Path.cwd() if _exists(paths) else Path(folder)) / paths)
 
 
 def _exists(pattern: str) -> bool:

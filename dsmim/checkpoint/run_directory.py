@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from dsmim.checkpoint import reading
 from dsmim.checkpoint.failed_start import Before
-from dsmim.checkpoint.recorded_paths import find_recipe_shards
+from dsmim.checkpoint.recorded_paths import STARTED_IN, find_recipe_shards
 from dsmim.data.normalisation import settled
 from dsmim.engine.runtime import Runtime
 from dsmim.recipe import Recipe
@@ -39,7 +39,7 @@ class RunDirectory:
     changes: list[str] = field(default_factory=list)
     """What differs between the checkpoint's recipe and that of a fork, one line per key."""
     started_in: str = field(default_factory=lambda: str(Path.cwd()))
-    """This process's folder at the start, in which the recipe's relative paths are."""
+    """The folder where the run was started first, in which the recipe's relative paths are."""
     lock: TextIO | None = None
     _before: Before | None = None
 
@@ -110,6 +110,7 @@ class RunDirectory:
             self.resume_from, self.notes = reading.find_valid(self.checkpoints, runtime)
             if self.resume_from is not None:
                 self.state = runtime.on_rank_zero(lambda: reading.read_state(self.resume_from))
+                self.started_in = self.state.get(STARTED_IN, self.started_in)
                 self._compare(recipe, identity, fork)
             elif self.notes:
                 raise _none_valid_error(self.path, self.notes)

@@ -127,7 +127,9 @@ fit(load_recipe(sys.argv[1]), sys.argv[2])
 def test_a_start_that_cannot_read_a_checkpoint_renames_nothing(tmp_path, shards):
     old, new = checkpoint(tmp_path, 5), checkpoint(tmp_path, 6)
     (tmp_path / "recipe.yaml").write_text(json.dumps(tiny_recipe(shards)))  # JSON is YAML
-    done = run("python", "-c", FAILING + START, tmp_path / "recipe.yaml", tmp_path, check=False)
+    done = run(
+        "python", "-c", "failing = ['', 0, 0]" + FAILING + START, tmp_path / "recipe.yaml", tmp_path, check=False
+    )
     assert "step_00000006: weights.pt cannot be read (Input/output error; tried 2 times" in done.stderr
     assert candidates(tmp_path / "checkpoints") == [new, old] and not (tmp_path / "lock").exists()
 

@@ -265,7 +265,6 @@ def test_relative_shards_are_found_from_another_folder(tmp_path, shards, monkeyp
     assert load(run_dir).recipe.data.train == f"{here}/data/train-*.tar"
     resumed = dsmim(*words, "--fork", cwd=there)
     assert "resumed from" in resumed.stderr and "step 6/6" in resumed.stderr
-    assert json.loads(dsmim("evaluate", run_dir, cwd=tmp_path).stdout)["samples"] == 13
     make_shards(there / "data", [4], name="val")  # what is found here counts
     assert json.loads(dsmim("evaluate", run_dir, "data.val=data/val-*.tar", cwd=there).stdout)["samples"] == 4
     shutil.rmtree(here)
@@ -284,7 +283,8 @@ def test_a_fork_that_changes_the_model_is_refused_by_key(finished, tmp_path):
     assert "step_00000006: its weights do not fit the model" in changed.stderr
     keys, tensors = "  task.num_classes: 3 → 5", "  head.fc.weight: has shape [3, 256], here [5, 256]"
     assert f"{keys}\nTensors that do not fit:\n{tensors}" in changed.stderr
-    assert changed.stderr.count("do not fit the model") == 1 and "Traceback" not in changed.stderr
+    assert changed.stderr.count("do not fit the model") == 1
+    assert 'File "' not in changed.stderr.split("dsmim: error:")[0]
     assert "num_classes: 3\n" in (run_dir / "recipe.yaml").read_text()  # a fork that fails changes nothing
 
 
