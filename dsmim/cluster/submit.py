@@ -32,7 +32,7 @@ _CONTRADICTIONS = {
     "SBATCH_CORE_SPEC": "take cores from the ranks",
 }
 """What variables without a counterpart in the script would do."""
-_MEMORY = ("SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU", "SBATCH_MEM_PER_NODE")
+_OTHER_MEMORY = ("SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU")
 """Of these and --mem, Slurm accepts one."""
 
 
@@ -74,10 +74,10 @@ def overridden(script: str, env: Mapping[str, str]) -> list[str]:
         for name, option in _OVERRIDES.items()
         if option in options and env.get(name) != options[option]
     }
-    effects |= {name: f"contradict --mem={options['mem']}" for name in _MEMORY if "mem" in options} | effects
+    memory = {name: f"contradict --mem={options['mem']}" for name in _OTHER_MEMORY if "mem" in options}
     return [
         f"{name}={env[name]} in the environment would {effect}; unset it"
-        for name, effect in (_CONTRADICTIONS | effects).items()
+        for name, effect in (_CONTRADICTIONS | memory | effects).items()
         if name in env
     ]
 

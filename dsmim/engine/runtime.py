@@ -195,11 +195,11 @@ def joined(timeout_minutes: float = 10, low_memory: float = 0.05) -> Iterator[Ru
         except BaseException as error:
             if is_lost_peer(error):
                 raise _lost(runtime, monitor, error) from error
-            monitor.close(failed=not isinstance(error, Stopped))
-            if fault := own_fault(error):
-                raise ValueError(f"rank {runtime.rank}: {fault}") from error
+            monitor.close(alone=not isinstance(error, Stopped))
             if isinstance(error, Stopped) or runtime.world_size == 1:
                 stop()
+            if fault := own_fault(error):
+                raise ValueError(f"rank {runtime.rank}: {fault}") from error
             raise
         monitor.close()
         stop()
@@ -250,15 +250,17 @@ def _join(place: Placement, accelerated: bool, timeout: timedelta) -> None:
             dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, init_method=method, verbose=False
         )
     except RuntimeError as error:
-        raise _not_joined(place, error) from error
+        if explained := _not_joined(place, error):
+            raise explained from error
+        raise
     assert dist.get_world_size() == place.world_size
 
 
-def _not_joined(place: Placement, error: RuntimeError) -> Exception:
+def _not_joined(place: Placement, error: RuntimeError) -> Exception | None:
     if fault := own_fault(error):
         return ValueError(f"rank {place.rank}: {fault}")
     if not is_lost_peer(error):
-        return error
+        return None
     where = f"{place.master_addr}:{place.master_port}"
     return LostPeer(
         f"rank {place.rank}: the {place.world_size} ranks did not all meet at {where}: {without_stack(error)}"

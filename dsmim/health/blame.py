@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from dsmim.health.status import FAILED, LEFT, WORKING, RankStatus
+from dsmim.health.status import LEFT, LEFT_ALONE, WORKING, RankStatus
 
 NAMED = 4  # how many ranks a sentence names one by one
 
@@ -25,7 +25,7 @@ def name_missing(
     if dead:
         return f"{_join(dead)}. It was killed or stopped, or its node or network failed"
     left = [f"{_name(rank, status)} has left, at: {status.phase}" for rank, status in known.items()
-            if status.state in (LEFT, FAILED)]  # fmt: skip
+            if status.state in (LEFT, LEFT_ALONE)]  # fmt: skip
     if left:
         return f"{_join(left)}; see its own message"
     return _name_late(known) or _name_absent(known, silent, own_rank)

@@ -11,7 +11,7 @@ from dsmim.cluster.placement import Placement
 from dsmim.health.blame import name_missing
 from dsmim.health.board import StatusBoard, explain_lost_store
 from dsmim.health.heartbeat import Heartbeat
-from dsmim.health.status import BROKEN, DIAGNOSED, FAILED, LEFT
+from dsmim.health.status import BROKEN, DIAGNOSED, LEFT, LEFT_ALONE
 
 ANSWER = 8.0  # seconds in which the store must have answered
 LINGER = 12.0  # seconds that rank 0 waits at most for the others to read the store
@@ -60,7 +60,7 @@ def _ask_board(place: Placement, beat: Heartbeat) -> Diagnosis:
     second = board.read()
     beat.state = DIAGNOSED
     board.publish(place.rank, beat.status())
-    peer_left = any(status is not None and status.state in (LEFT, FAILED) for status in second)
+    peer_left = any(status is not None and status.state in (LEFT, LEFT_ALONE) for status in second)
     return Diagnosis(name_missing(first, second, place.rank, time.time()), peer_left)
 
 

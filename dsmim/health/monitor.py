@@ -13,8 +13,7 @@ from dsmim.health.diagnosis import diagnose, wait_for_readers
 from dsmim.health.heartbeat import INTERVAL, Heartbeat
 from dsmim.health.outcome import FAILED, LOST
 from dsmim.health.peer_watch import PeerWatch
-from dsmim.health.status import FAILED as FAILED_ALONE
-from dsmim.health.status import LEFT, WORKING, Progress, report
+from dsmim.health.status import LEFT, LEFT_ALONE, WORKING, Progress, report
 from dsmim.health.watchdog import GRACE, Watchdog
 
 
@@ -67,15 +66,15 @@ class RankMonitor:
         self._progress.restart_clock()  # the watchdog must not end the process while it reports
         return text
 
-    def close(self, failed: bool = False) -> None:
+    def close(self, alone: bool = False) -> None:
         """Stop. The other ranks see that this rank has left, unless a diagnosis was made before.
 
-        failed: because of an error that only this rank knows of.
+        alone: because of an error that only this rank knows of.
 
         After a diagnosis, rank 0 stays for some seconds if its process holds the store, so that others can read it.
         """
         if self._beat.state == WORKING:
-            self._beat.state = FAILED_ALONE if failed else LEFT
+            self._beat.state = LEFT_ALONE if alone else LEFT
         elif self._place.rank == 0 and not launcher_keeps_store():
             with contextlib.suppress(Exception):  # the process ends anyway
                 wait_for_readers(self._place, self._beat.interval)

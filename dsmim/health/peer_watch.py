@@ -15,7 +15,7 @@ from dsmim.cluster.placement import Placement
 from dsmim.health.board import StatusBoard
 from dsmim.health.diagnosis import ANSWER
 from dsmim.health.heartbeat import Heartbeat
-from dsmim.health.status import ENDING, FAILED, WORKING, Progress, RankStatus
+from dsmim.health.status import ENDING, LEFT_ALONE, WORKING, Progress, RankStatus
 
 SILENT = 12.0
 """Seconds without a new beat after which a rank is taken for dead. A rank that saves may be silent for some."""
@@ -51,7 +51,7 @@ class PeerWatch:
             except Exception:  # the store is gone, and with it rank 0 or its launcher
                 board, failed = None, True
             else:
-                failed = any(status is not None and status.state == FAILED for status in statuses)
+                failed = any(status is not None and status.state == LEFT_ALONE for status in statuses)
                 if self._silent(statuses):
                     self._gone()
             failures = failures + 1 if failed else 0

@@ -13,7 +13,7 @@ DIAGNOSED = "diagnosed"
 """A collective of this rank has failed, and the rank has found out why."""
 LEFT = "left"
 """The rank has ended together with the others."""
-FAILED = "failed"
+LEFT_ALONE = "left alone"
 """The rank has ended because of an error of its own."""
 ENDING = "ending"
 """The name of a rank's last phase: it needs the others no more."""
@@ -65,7 +65,7 @@ class RankStatus:
     seconds: float
     """How long the rank had been in that phase."""
     state: str
-    """WORKING, BROKEN, DIAGNOSED or LEFT."""
+    """WORKING, BROKEN, DIAGNOSED, LEFT or LEFT_ALONE."""
 
 
 def report(text: str) -> None:

@@ -14,7 +14,7 @@ SRUN = dict(
 HOSTS = [
     ("node1", "node1"), ("node1,node2", "node1"), ("n[1-2]", "n1"), ("gpu[007-012,20]", "gpu007"),
     ("gpu[3,7-9]", "gpu3"), ("rack[1-2]n[01-16],login", "rack1n01"), ("a-b.example.org,c", "a-b.example.org"),
-    ("gpu[3]-ib0,x", "gpu3-ib0"), ("127.0.0.1,127.0.0.2", "127.0.0.1"), ("", None), ("(null)", None),
+    ("127.0.0.1,127.0.0.2", "127.0.0.1"), ("", None), ("(null)", None),
 ]  # fmt: skip
 
 
