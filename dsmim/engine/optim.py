@@ -32,8 +32,8 @@ def parameter_groups(model: nn.Module, layers: dict[str, int], optim: Optim) -> 
     scalars = [name for name, parameter in model.named_parameters() if parameter.requires_grad and not parameter.ndim]
     if scalars:
         raise ValueError(
-            f"model.name: DeepSpeed cannot train a network with parameters of shape (): {_first(scalars)}. Take another "
-            "network, or one of which these have shape (1,)"
+            f"model.name: DeepSpeed cannot train a network with parameters of shape (): {_first(scalars)}. Take "
+            "another network, or one of which these have shape (1,)"
         )
     top = max(layers.values())
     members: dict[tuple[float, float], list[str]] = {}

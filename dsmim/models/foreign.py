@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 PREFIX = "timm:"
-_WEIGHTS = "model.weights to a file; nothing is downloaded"
+_SOURCES = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 _OWNED = {
     "img_size": "model.img_size; images are square",
     "in_chans": "model.in_chans",
@@ -23,9 +23,7 @@ _OWNED = {
     "drop_path_rate": "model.drop_path_rate",
     "head_init_scale": "model.head_init_std, a deviation",
     "model_name": "model.name",
-    **dict.fromkeys(
-        ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"), _WEIGHTS
-    ),
+    **dict.fromkeys(_SOURCES, "model.weights to a file; nothing is downloaded"),
 }
 """Arguments of timm that are not options → the recipe's key."""
 SWIN = (SwinTransformer, SwinTransformerV2)

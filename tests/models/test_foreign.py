@@ -31,9 +31,7 @@ def test_options_that_a_key_of_the_recipe_sets():
     for key, (value, recipe_key) in owned.items():
         with pytest.raises(ValueError, match=rf"model\.options: not {key} \(set {recipe_key}"):
             create_model(VIT, img_size=32, options={key: value, "global_pool": "avg"})
-    with pytest.raises(
-        ValueError, match=r"not in_chans \(set model\.in_chans\), num_classes \(set task\.num_classes\)"
-    ):
+    with pytest.raises(ValueError, match=r"not in_chans \(set .*\), num_classes \(set task\.num_classes\)"):
         create_model(VIT, img_size=32, options={"in_chans": 1, "num_classes": 7})
 
 
