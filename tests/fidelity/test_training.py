@@ -110,7 +110,7 @@ def test_learning_rates_of_the_fine_tuning():
         optimizer, t_initial=rate.total - rate.warmup, lr_min=min_lr, warmup_lr_init=warmup_lr, warmup_t=rate.warmup,
         cycle_limit=1, t_in_epochs=False, warmup_prefix=True,
     )  # fmt: skip
-    assert rate.warmup == rate.total // 5
+    assert abs(rate.warmup - rate.total / 5) <= 1
     for step in [*range(0, rate.total, 211), rate.warmup - 1, rate.warmup, rate.total - 1]:
         theirs.step_update(step)
         expected = [group["lr"] for group in optimizer.param_groups]
