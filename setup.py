@@ -25,7 +25,7 @@ setup(
     install_requires=[
         "torch>=2.8",
         "torchvision>=0.23",
-        "timm>=1.0.22",
+        "timm>=1.0.22,<1.1",
         "deepspeed>=0.19.6,<0.20",
         "mpi4py>=4.1",
         "webdataset>=1.0",

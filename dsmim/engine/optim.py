@@ -27,7 +27,14 @@ def parameter_groups(model: nn.Module, layers: dict[str, int], optim: Optim) -> 
     layers: parameter name → layer id; scale = layer_decay ** (highest id - id), as in microsoft/SimMIM and BEiT.
     Biases, other 1-D tensors and names that match optim.no_decay have no weight decay.
     To be called before ZeRO-3 partitions the parameters: afterwards every tensor looks one-dimensional.
+    Raises ValueError for parameters of shape (), which DeepSpeed does not take; (1,) is fine.
     """
+    scalars = [name for name, parameter in model.named_parameters() if parameter.requires_grad and not parameter.ndim]
+    if scalars:
+        raise ValueError(
+            f"model.name: DeepSpeed cannot train a network with parameters of shape (): {_first(scalars)}. Take "
+            "another network, or one of which these have shape (1,)"
+        )
     top = max(layers.values())
     members: dict[tuple[float, float], list[str]] = {}
     for name, parameter in model.named_parameters():
@@ -36,6 +43,10 @@ def parameter_groups(model: nn.Module, layers: dict[str, int], optim: Optim) -> 
             scale = optim.layer_decay ** (top - layers[name])
             members.setdefault((scale, 0.0 if no_decay else optim.weight_decay), []).append(name)
     return [ParameterGroup(scale, decay, tuple(names)) for (scale, decay), names in sorted(members.items())]
+
+
+def _first(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def build_optimizer(model: nn.Module, groups: list[ParameterGroup], optim: Optim) -> torch.optim.Optimizer:

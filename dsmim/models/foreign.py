@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import timm
-from timm.models import group_parameters
+from timm.models import get_arch_pretrained_cfgs, group_parameters
 from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -14,6 +15,17 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 PREFIX = "timm:"
+_SOURCES = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+_OWNED = {
+    "img_size": "model.img_size; images are square",
+    "in_chans": "model.in_chans",
+    "num_classes": "task.num_classes",
+    "drop_path_rate": "model.drop_path_rate",
+    "head_init_scale": "model.head_init_std, a deviation",
+    "model_name": "model.name",
+    **dict.fromkeys(_SOURCES, "model.weights to a file; nothing is downloaded"),
+}
+"""Arguments of timm that are not options → the recipe's key."""
 SWIN = (SwinTransformer, SwinTransformerV2)
 VIT = (VisionTransformer, Beit)
 """Families whose layers are numbered as their authors do (see registry.layer_ids)."""
@@ -30,13 +42,11 @@ def build(
     """Return timm's network, initialised by timm in host memory.
 
     img_size is passed to networks that are built for one size (transformers); others take any image. options: further
-    arguments of timm.create_model. Raises ValueError for a name or an option that timm does not take.
+    arguments of timm.create_model. Raises ValueError for a name, a tag or an option that timm does not take, and for an
+    option that a key of the recipe sets.
     """
-    entry = name.removeprefix(PREFIX)
-    if not timm.is_model(entry):
-        close = difflib.get_close_matches(entry, timm.list_models(), n=1)
-        hint = f"; did you mean {PREFIX}{close[0]}?" if close else ""
-        raise ValueError(f"model.name: timm has no model {entry!r}{hint}")
+    entry = _known(name)
+    _check_options(options or {})
     options = {"num_classes": num_classes, **(options or {})}
     if in_chans != 3:  # timm's default
         options["in_chans"] = in_chans
@@ -46,13 +56,37 @@ def build(
         options["img_size"] = img_size
     try:
         return timm.create_model(entry, pretrained=False, **options)
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"model.name: timm's {entry} does not take these settings ({error})") from None
+    except (TypeError, AssertionError, ValueError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
+        reason = f"{error}" or type(error).__name__
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise ValueError(f"model.name: timm's {entry} does not take these settings: {given} ({reason})") from error
+
+
+def _known(name: str) -> str:
+    """Return timm's name of the network. Raises ValueError, with what is near, for a name or a tag that timm lacks."""
+    entry = name.removeprefix(PREFIX)
+    if not timm.is_model(entry):
+        close = difflib.get_close_matches(entry, timm.list_models(), n=1)
+        hint = f"; did you mean {PREFIX}{close[0]}?" if close else ""
+        raise ValueError(f"model.name: timm has no model {entry!r}{hint}")
+    architecture, _, tag = entry.partition(".")
+    tags = [full.partition(".")[2] for full in get_arch_pretrained_cfgs(architecture)]
+    if tag and tag not in tags:
+        known = ", ".join(filter(None, tags)) or "none"
+        raise ValueError(f"model.name: timm has no tag {tag!r} of {architecture}; its tags: {known}")
+    return entry
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Refuse what a key of the recipe sets: two owners would not agree."""
+    owned = [f"{key} (set {_OWNED[key]})" for key in options if key in _OWNED]
+    if owned:
+        raise ValueError(f"model.options: not {', '.join(owned)}")
 
 
 def timm_arguments(name: str, options: dict[str, Any] | None = None, **settings) -> tuple[str, dict]:
     """Return (entry point, arguments) of the network that `build` returns for these settings."""
-    entry = name.removeprefix(PREFIX)
+    entry = _known(name)
     if not _built_for_one_size(entry):
         settings.pop("img_size", None)
     return entry, settings | (options or {})

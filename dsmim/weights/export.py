@@ -23,6 +23,7 @@ from dsmim.models import create_model, timm_arguments
 from dsmim.models.foreign import PREFIX
 from dsmim.models.swin_v2 import SwinTransformerV2
 from dsmim.recipe import Recipe
+from dsmim.shards.atomic import partial_file, remove_leftovers
 from dsmim.weights import for_timm, layouts
 from dsmim.weights.match import State
 
@@ -176,10 +177,16 @@ def _classes(recipe: Recipe) -> int:
 
 
 def _save(state: State, metadata: dict[str, str], out: Path, bare: bool) -> None:
-    """Write the file. bare: a .pth has only the weights, as the authors' files, and no metadata."""
+    """Write the file, whole or not at all. bare: a .pth has only the weights, as the authors' files, no metadata."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out.parent)
     state = {key: value.contiguous() for key, value in state.items()}
-    if out.suffix == ".safetensors":
-        save_file(state, str(out), metadata=metadata)
-    else:
-        torch.save({"model": state} if bare else {"model": state, "metadata": metadata}, out)
+    with partial_file(out) as partial:
+        mode = partial.stat().st_mode
+        if out.suffix == ".safetensors":
+            save_file(state, str(partial), metadata=metadata)
+            partial.chmod(mode)  # safetensors makes files that only their owner may read, whatever the umask says
+        else:
+            with partial.open("wb") as file:  # given the path, torch would write its random name into the file
+                torch.save({"model": state} if bare else {"model": state, "metadata": metadata}, file)
+        partial.replace(out)

@@ -24,6 +24,17 @@ PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 CONTAINERS = ("model", "state_dict", "module")  # DeiT, MAE, Swin, BEiT; Lightning, timm; DeepSpeed, BEiT v2
 
 
+class _Settings(dict):
+    """Stands for the settings that microsoft's trainings save beside the weights (a yacs CfgNode), without code."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Ignore the object's flags."""
+
+
+# Classes that files of DeiT, MAE, BEiT (options) and of Swin, SimMIM (settings) need, each with the name in the file
+_HARMLESS = (argparse.Namespace, (_Settings, "yacs.config.CfgNode"))
+
+
 def warm_start(model: nn.Module, path: Path | str, head: str | None = None) -> tuple[LoadReport, State]:
     """Return what a run starts from: a report, and the weights of `path` by the model's full parameter names.
 
@@ -68,7 +79,7 @@ def _read_safetensors(path: Path) -> Weights:
 def _load(path: Path) -> Any:
     """Load a file of torch.save without running code; large files are memory-mapped where their format allows it."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # options, in DeiT's, MAE's and BEiT's files
+        with torch.serialization.safe_globals([*_HARMLESS]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         wanted = re.findall(r"GLOBAL (\S+)", str(error))

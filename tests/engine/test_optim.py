@@ -1,6 +1,8 @@
 """Parameter groups and the optimizer that is made of them."""
 
 import pytest
+import torch
+from torch import nn
 
 from dsmim.engine.optim import build_optimizer, parameter_groups
 from dsmim.models import create_model, layer_ids
@@ -21,3 +23,22 @@ def test_groups_are_merged_by_equal_scale_and_decay():
         assert of[name].weight_decay == (0.0 if plain else 0.3), name
     optimizer = build_optimizer(model, groups, optim)
     assert [g["lr_scale"] for g in optimizer.param_groups] == [g.scale for g in groups]
+
+
+def test_a_parameter_without_dimensions_is_refused_by_name():
+    """DeepSpeed fails on it in deepspeed.initialize, with a message that names nothing."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Module())
+    model[1].scale = nn.Parameter(torch.tensor(1.0))
+    layers = dict.fromkeys(dict(model.named_parameters()), 0)
+    with pytest.raises(ValueError, match=r"model\.name: .* parameters of shape \(\): 1\.scale\. .*shape \(1,\)$"):
+        parameter_groups(model, layers, Optim(lr=1e-3))
+    for number in range(7):
+        model[1].register_parameter(f"scale{number}", nn.Parameter(torch.tensor(1.0)))
+    layers = dict.fromkeys(dict(model.named_parameters()), 0)
+    with pytest.raises(ValueError, match=r"1\.scale, 1\.scale0, .*, 1\.scale3 and 3 more\."):
+        parameter_groups(model, layers, Optim(lr=1e-3))
+    for name, parameter in list(model[1].named_parameters()):
+        model[1].register_parameter(name, nn.Parameter(parameter.detach().reshape(1)))
+    assert len(parameter_groups(model, layers, Optim(lr=1e-3))) == 2
+    model[1].scale = nn.Parameter(torch.tensor(1.0), requires_grad=False)  # frozen: not given to DeepSpeed's optimizer
+    assert "1.scale" not in [name for group in parameter_groups(model, layers, Optim(lr=1e-3)) for name in group.names]

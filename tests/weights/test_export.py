@@ -1,7 +1,9 @@
 """Exported weights: each layout is what its readers expect; export and reading back give equal weights, bit for bit."""
 
 import json
+import os
 import re
+import stat
 
 import pytest
 import safetensors
@@ -200,4 +202,18 @@ def test_the_command(tmp_path, capsys):
     out = tmp_path / "deep" / "model.safetensors"
     assert main(["export", str(run), "--to", "dsmim", str(out)]) == 0
     assert f"model.weights={out}" in capsys.readouterr().out
+    assert_identical(warm_start(nano_simmim(), out)[1], model)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_the_umask_decides_who_may_read_an_export(tmp_path, suffix, umask, mode):
+    run, model = simmim_run(tmp_path)
+    before = os.umask(umask)
+    try:
+        export(run, out := tmp_path / f"model{suffix}", "dsmim")
+        export(run, out, "dsmim")  # over an older one
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(out.stat().st_mode) == mode and list(tmp_path.glob(".*")) == []
     assert_identical(warm_start(nano_simmim(), out)[1], model)

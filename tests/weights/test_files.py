@@ -1,6 +1,9 @@
 """Files of weights: what is read from them, and what is refused."""
 
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -51,3 +54,46 @@ def test_files_that_are_not_weights(tmp_path, capsys):
         read(tmp_path / "nothing.pth")
     with pytest.raises(ValueError, match="holds no valid checkpoint"):
         read(tmp_path)
+
+
+# What yacs 0.1.8 pickles: a dict with flags in its __dict__, nested
+YACS = """
+class CfgNode(dict):
+    def __init__(self, init=None):
+        super().__init__(init or {})
+        self.__dict__["__immutable__"] = True
+        self.__dict__["__deprecated_keys__"] = set()
+        print("code of yacs has run")
+"""
+WRITE = """
+import argparse, sys, torch
+from yacs.config import CfgNode
+config = CfgNode({"MODEL": CfgNode({"NAME": "swinv2", "DEPTHS": [2, 2, 6, 2]}), "TRAIN": CfgNode({"BASE_LR": 1e-3})})
+args = argparse.Namespace(lr=1e-3, nested=argparse.Namespace(path="x"))
+content = {"model": {"a": torch.arange(3.0)}, "config": config, "args": args, "epoch": 7, "max_accuracy": 83.5}
+torch.save(content, sys.argv[1], _use_new_zipfile_serialization=sys.argv[2] == "zip")
+"""
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy"])
+def test_a_checkpoint_with_the_settings_of_its_training(tmp_path, kind, capsys):
+    (tmp_path / "yacs").mkdir()
+    (tmp_path / "yacs" / "config.py").write_text(YACS)
+    command = [sys.executable, "-c", WRITE, str(tmp_path / "ckpt_epoch_7.pth"), kind]
+    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert "yacs" not in sys.modules
+    weights = read(tmp_path / "ckpt_epoch_7.pth")
+    assert "yacs" not in sys.modules and "code of yacs" not in capsys.readouterr().out
+    assert torch.equal(weights.tensors["a"], torch.arange(3.0)) and list(weights.tensors) == ["a"]
+    beside = ("config", "args", "epoch", "max_accuracy")
+    assert weights.left_out == dict.fromkeys(beside, "an entry beside the weights")
+
+
+def test_other_code_under_the_name_of_yacs_is_refused(tmp_path):
+    class Named:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit",))
+
+    torch.save({"model": {"a": torch.ones(1)}, "config": Named()}, tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match=r"would run .*exec"):
+        read(tmp_path / "bad.pth")
