@@ -17,10 +17,12 @@ class Cadence:
 
     every: int
     total: int
+    also: int = 0
+    """It happens after each `also` steps too; 0: it does not."""
 
     def __call__(self, done: int) -> bool:
         """Return whether it happens after `done` completed steps."""
-        return done == self.total or (self.every > 0 and done % self.every == 0)
+        return done == self.total or any(steps > 0 and done % steps == 0 for steps in (self.every, self.also))
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,19 @@ def plan(recipe: Recipe, task: Task, epoch_samples: int, world_size: int, state:
         return Cadence(every.in_steps(size, epoch_samples), rate.total)
 
     accumulation = _accumulation(recipe, task, world_size, state)
-    keep_every = recipe.checkpoint.keep_every
+    keep = recipe.checkpoint.keep_every
+    keep_every = keep.in_steps(size, epoch_samples) if keep is not None else 0
+    # What is to be kept must be saved: with epochs that are no whole number of steps, multiples of 100 epochs are no
+    # multiples of one epoch.
+    saving = Cadence(cadence(recipe.checkpoint.every).every, rate.total, also=keep_every)
     return Plan(
         rate,
         accumulation,
         size // (world_size * accumulation),
         cadence(recipe.validation.every),
-        cadence(recipe.checkpoint.every),
+        saving,
         cadence(Duration(steps=recipe.log.every)),
-        cadence(keep_every).every if keep_every is not None else 0,
+        keep_every,
     )
 
 

@@ -13,7 +13,7 @@ from dsmim.recipe.section import Section
 
 def contradictions(recipe: Recipe) -> list[str]:
     """Return one line per problem, with the key and the fix."""
-    checks = (_sizes, _mixing, _without_effect, _given_otherwise, _rates)
+    checks = (_sizes, _mixing, _without_effect, _given_otherwise, _rates, _best)
     return [problem for check in checks for problem in check(recipe)]
 
 
@@ -70,7 +70,7 @@ def _unused(section: Section, key: str, used: object, needed: str) -> Iterator[s
 def _given_otherwise(recipe: Recipe) -> Iterator[str]:
     """Yield options of timm's networks that the recipe has keys for, with another value."""
     model, task = recipe.model, recipe.task
-    owners = {"img_size": ("model.img_size", model.img_size)}
+    owners = {"img_size": ("model.img_size", model.img_size), "in_chans": ("the images' channels:", 3)}
     if task.name == "classify":
         owners["num_classes"] = ("task.num_classes", task.num_classes)
     if model.drop_path_rate:
@@ -87,3 +87,15 @@ def _rates(recipe: Recipe) -> Iterator[str]:
     for name in ("min_lr", "warmup_lr"):
         if (rate := getattr(recipe.schedule, name)) > recipe.optim.lr:
             yield f"schedule.{name}: {rate:g} is above optim.lr {recipe.optim.lr:g}, the peak; set one of them"
+
+
+def _best(recipe: Recipe) -> Iterator[str]:
+    """Yield what would leave checkpoint.keep_best without any figure."""
+    best, figures = recipe.checkpoint.keep_best, recipe.task.figures
+    if best is None:
+        return
+    if recipe.data.val is None:
+        yield "checkpoint.keep_best: needs a validation; set data.val, or checkpoint.keep_best=null"
+    if best.metric not in figures:
+        known = ", ".join(figures)
+        yield f"checkpoint.keep_best.metric: {recipe.task.name} measures no {best.metric!r}; known: {known}"

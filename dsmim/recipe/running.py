@@ -32,7 +32,7 @@ class Checkpoint(Section):
     keep: Count = 2
     """Number of newest checkpoints to keep."""
     keep_every: Duration | None = None
-    """Keep checkpoints at multiples of this length too; null: none."""
+    """Save checkpoints at multiples of this length too, and keep them; null: none."""
     keep_best: Best | None = None
     """Keep the checkpoint with the best validation at its own step too; null: none."""
     background: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,8 @@ class SimMIMTask(Section):
     """Masked image modelling (SimMIM, arXiv 2111.09886)."""
 
     name: Literal["simmim"]
+    figures: ClassVar[tuple[str, ...]] = ("loss",)
+    """What a validation measures, for checkpoint.keep_best."""
     mask_ratio: Share = 0.6
     """Share of the mask patches that are hidden; their number is rounded up, as in the authors' code."""
     mask_patch: Count = 32
@@ -31,6 +33,8 @@ class ClassifyTask(Section):
     """Supervised classification with cross entropy over soft targets."""
 
     name: Literal["classify"]
+    figures: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
+    """What a validation measures, for checkpoint.keep_best."""
     num_classes: Annotated[int, Field(ge=2)]
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     mixup: Annotated[float, Field(ge=0)] = 0.0

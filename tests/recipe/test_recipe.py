@@ -168,7 +168,16 @@ CLASSIFY = {"name": "classify", "num_classes": 3}
         ),
         ({"schedule": {"min_lr": 0.1}}, "schedule.min_lr: 0.1 is above optim.lr 0.001"),
         ({"schedule": {"warmup_lr": 0.1}}, "schedule.warmup_lr: 0.1 is above optim.lr 0.001"),
+        (
+            {"checkpoint": {"keep_best": {"metric": "accuracy", "mode": "max"}}},
+            "simmim measures no 'accuracy'; known: loss",
+        ),
+        (
+            {"data": {"val": None}, "checkpoint": {"keep_best": {"metric": "loss", "mode": "min"}}},
+            "checkpoint.keep_best: needs a validation",
+        ),
         ({"model": {"options": {"img_size": 64}}}, "model.options.img_size: 64 contradicts model.img_size 32"),
+        ({"model": {"options": {"in_chans": 1}}}, "model.options.in_chans: 1 contradicts the images' channels: 3"),
         ({"model": {"options": {"pretrained": True}}}, "model.options.pretrained: nothing is downloaded"),
     ],
 )
@@ -179,6 +188,17 @@ def test_settings_that_would_be_ignored_without_a_word(tmp_path, changes, messag
     found = problems_of(tree)
     assert len(found) == 1 and message in found[0], found
     assert stored_recipe(tree, "checkpoint").name == "tiny"  # what a checkpoint keeps can still be evaluated
+
+
+@pytest.mark.parametrize("task", [{"name": "simmim", "mask_patch": 16}, CLASSIFY])
+def test_the_figures_of_a_validation_are_those_that_keep_best_takes(tmp_path, task):
+    import torch
+
+    from dsmim.tasks import build_task
+
+    recipe = parse_recipe(tiny_recipe(tmp_path, task=task), "t")
+    measured = build_task(recipe).metrics(torch.ones(3, dtype=torch.float64))
+    assert measured.keys() - {"samples"} == set(recipe.task.figures)
 
 
 def test_home_folders(tmp_path, monkeypatch):
