@@ -38,8 +38,10 @@ def _line(item: dict, model: type[BaseModel]) -> str:
     if item["type"] == "extra_forbidden":
         return f"{key}: unknown key{_meant(str(item['loc'][-1]), item['input'], section, model)}"
     if item["type"] in ("model_type", "model_attributes_type"):
-        if item.get("ctx", {}).get("class_name") == Duration.__name__:
-            return _without_unit(key, item["input"])
+        kind = item.get("ctx", {}).get("class_name")
+        length = next((one for one in (Duration, *Duration.__subclasses__()) if one.__name__ == kind), None)
+        if length is not None:
+            return _without_unit(key, item["input"], list(length.model_fields))
         return _not_a_section(key, item["input"], model)
     if item["type"] == "missing":
         return f"{key}: missing; give it a value"
@@ -58,7 +60,9 @@ def _meant(word: str, given: object, section: type[BaseModel] | None, model: typ
     """Return the end of a message about an unknown key: its name here, if other programs call it so or if it is in
     another section; else the most similar key of its section, or all of them."""
     fields = section.model_fields if section else {}
-    lengths = [name for name, field in fields.items() if Duration in _sections(field.annotation)]
+    lengths = [
+        name for name, field in fields.items() if any(issubclass(o, Duration) for o in _sections(field.annotation))
+    ]
     if lengths and word in Duration.model_fields:
         return f"; did you mean {lengths[0]}={{{word}: {shown_number(given)}}}?"
     if name := alias(word, given):
@@ -82,10 +86,9 @@ def keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:
     return list(found)
 
 
-def _without_unit(key: str, given: object) -> str:
-    number = shown_number(given)
-    units = [f"{{{unit}: {number}}}" for unit in Duration.model_fields]
-    return f"{key}: give a length with its unit: {' or '.join(units)} (given: {given!r})"
+def _without_unit(key: str, given: object, units: list[str]) -> str:
+    choices = " or ".join(f"{{{unit}: {shown_number(given)}}}" for unit in units)
+    return f"{key}: give a length with its unit: {choices} (given: {given!r})"
 
 
 def _not_a_section(key: str, given: object, model: type[BaseModel]) -> str:
