@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +40,11 @@ def add_run_dir(parser: argparse.ArgumentParser) -> None:
 def add_local_rank(parser: argparse.ArgumentParser) -> None:
     """Accept the option that the deepspeed launcher passes. It has no effect: ranks come from the environment."""
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def home_path(text: str) -> Path:
+    """Return a path, with ~ for the home folder where the shell has left it, as in --root=~/images."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - Path's own raises for ~name without such a user
 
 
 def count(text: str) -> int:

@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dsmim.shards.extensions import is_image
 from dsmim.shards.index import describe_tar, index_file, read_index
 from dsmim.shards.opening import expand, local_copy
 from dsmim.shards.parallel import parallel
 from dsmim.shards.remote import is_remote
-from dsmim.shards.tar import NO_LABEL, Sample, is_image, read_sample
+from dsmim.shards.tar import NO_LABEL, Sample, read_sample
 
 
 def verify_all(
