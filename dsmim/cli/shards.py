@@ -158,7 +158,8 @@ def _build(options) -> None:
         print(f"built again, because their images have changed: {some(built.renewed, len(built.renewed))}")
     images, kept = sum(index.samples for index in built.shards), len(built.shards) - built.written
     print(f"{images} images in {len(built.shards)} shards in {options.out}" + (f", {kept} kept" if kept else ""))
-    print(*found.left_out.line(), sep="\n", end="\n" if found.left_out else "")
+    for line in found.left_out.line():
+        print(line)
 
 
 def _index(options) -> None:
@@ -171,13 +172,13 @@ def _index(options) -> None:
 def _verify(options) -> int:
     from dsmim.packing.verify import verify_all
 
-    problems = verify_all(
+    found = verify_all(
         options.shards, options.index_dir, options.workers, options.decode, options.report, options.allow_pipe
     )
-    for problem in problems:
-        print(problem)
-    print(f"{len(problems)} problems" if problems else "all shards are as indexed")
-    return 1 if problems else 0
+    summary = f"{len(found.problems)} problems" if found.problems else "all shards are as indexed"
+    for line in [*found.problems, summary, *found.left_out.line()]:
+        print(line)
+    return 1 if found.problems else 0
 
 
 def _subset(options) -> None:

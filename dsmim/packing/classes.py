@@ -67,11 +67,10 @@ def class_lines(classes: list[str], parts: dict[str, Counter[int]]) -> list[str]
     shown = numbers if len(numbers) <= SHOWN else [*numbers[: SHOWN // 2], None, *numbers[-SHOWN // 2 + 1 :]]
     lines = [f"{len(numbers)} classes:"]
     lines += ["  …" if number is None else f"  {_label(number, classes)}: {_counts(number, parts)}" for number in shown]
-    all_numbers = range(numbers[-1] + 1)
-    empty = [number for number in all_numbers if not any(counts[number] for counts in parts.values())]
-    if empty:
-        labels = (_label(number, classes) for number in empty)
-        lines.append(f"  {len(empty)} numbers have no images: {some(labels, len(empty))}")
+    used = {number for counts in parts.values() for number in counts}
+    if empty := numbers[-1] + 1 - len(used):
+        labels = (_label(number, classes) for number in range(numbers[-1] + 1) if number not in used)
+        lines.append(f"  {empty} class numbers have no images: {some(labels, empty)}")
     return lines
 
 
