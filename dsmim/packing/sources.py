@@ -112,6 +112,10 @@ def read_sources(
         )
     if not found.sources:
         raise ValueError("; ".join([f"{source}: no images found ({LOOKED_FOR})", *found.left_out.line()]))
+    if (known or numeric) and not count_labels(found.sources):
+        raise ValueError(
+            f"--classes and --numeric-classes have no effect: {source} has neither class folders nor labels"
+        )
     _refuse_shared_keys(source, found.sources)
     return found
 

@@ -113,11 +113,10 @@ def _columns(path: Path, rows: list[_Row]) -> _Columns:
     """Return which columns are which."""
     first = rows[0].cells
     images = [i for i, cell in enumerate(first) if is_image(extension(cell))]
-    if images or (len(rows) == 1 and not _named(rows)):
+    if images:
         if len(first) > 2:
             raise ValueError(f"{path}: {_seen(rows)}; add a first row that names the columns path and label")
-        column = images[0] if images else 0
-        return _Columns(column, 1 - column if len(first) == 2 else None, heading=False)
+        return _Columns(images[0], 1 - images[0] if len(first) == 2 else None, heading=False)
     paths, labels = ([i for i, cell in enumerate(first) if _plain(cell) in known] for known in (_PATHS, _LABELS))
     if len(paths) == 1 and not labels and len(first) == 2:
         labels = [1 - paths[0]]

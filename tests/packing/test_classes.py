@@ -132,6 +132,13 @@ def test_given_lists_of_classes(tmp_path):
         labels_of(folder, known=given, numeric="text")
 
 
+def test_options_of_classes_are_refused_where_there_are_none(tmp_path):
+    class_folders(tmp_path, "flat")
+    for options in ({"known": tmp_path / "names.txt"}, {"numeric": "text"}):
+        with pytest.raises(ValueError, match="flat has neither class folders nor labels"):
+            read_sources(str(tmp_path / "flat"), **options)
+
+
 def test_options_of_classes_are_refused_for_tars(tars, tmp_path):
     for options in ({"known": tmp_path / "names.txt"}, {"numeric": "text"}):
         with pytest.raises(ValueError, match="no effect on tars, whose samples keep their labels"):
