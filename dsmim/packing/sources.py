@@ -172,16 +172,17 @@ def _name(source: Source) -> str:
 
 
 def _refuse_shared_keys(where: str, sources: list[Source]) -> None:
+    if len({source.key for source in sources}) == len(sources):  # there may be many millions
+        return
     of_key: dict[str, list[Source]] = defaultdict(list)
     for source in sources:
         of_key[source.key].append(source)
     shared = {key: same for key, same in of_key.items() if len(same) > 1}
     words = [f"{key!r} ({', '.join(map(_name, same[:NAMED]))})" for key, same in shared.items()]
-    if shared:
-        raise ValueError(
-            f"{where}: {len(shared)} keys would be shared by several images: {some(words, len(words))}; a key is the "
-            "path without the extension, with '_' for other dots: rename or remove images so that keys differ"
-        )
+    raise ValueError(
+        f"{where}: {len(shared)} keys would be shared by several images: {some(words, len(words))}; a key is the path "
+        "without the extension, with '_' for other dots: rename or remove images so that keys differ"
+    )
 
 
 def _from_tars(source: str, index_dir: str | None) -> Found:

@@ -162,15 +162,16 @@ def _refuse(table: Path, rows: list[_Row], faulty: Iterable[bool], what: str, fi
 
 def _refuse_repeated(table: Path, files: list[ImageFile]) -> None:
     """Refuse rows that list the same file: one sample has one label, and is seen once in an epoch."""
+    if len({file.path for file in files}) == len(files):
+        return
     of_path: dict[Path, list[ImageFile]] = defaultdict(list)
     for file in files:
         of_path[file.path].append(file)
     repeated = [same for same in of_path.values() if len(same) > 1]
     words = [f"{same[0].name} in rows {', '.join(str(file.row) for file in same[:NAMED])}" for same in repeated]
-    if repeated:
-        raise ValueError(
-            f"{table}: lists {len(repeated)} images more than once: {some(words, len(words))}; keep one row for each"
-        )
+    raise ValueError(
+        f"{table}: lists {len(repeated)} images more than once: {some(words, len(words))}; keep one row for each"
+    )
 
 
 def _list(rows: list[_Row]) -> str:
