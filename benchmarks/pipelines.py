@@ -126,8 +126,8 @@ def make_shards(photos: Path, name: str, short_side: int | None) -> Shards:
     """Build shards of the photographs, beside their folder; those of an earlier call are kept."""
     options = WriteOptions(per_shard=PER_SHARD, short_side=short_side)
     folder = photos.with_name(f"{photos.name}-{name}" + (f"-q{options.quality}" if short_side else ""))
-    sources, classes = read_sources(str(photos))
-    build_shards({"data": sources}, folder, classes, options)
+    found = read_sources(str(photos))
+    build_shards({"data": found.sources}, folder, found.classes, options)
     index_all([str(folder)], None, workers=1)  # the cache may be from a version with another index
     return Shards(folder)
 

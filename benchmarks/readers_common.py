@@ -121,9 +121,9 @@ def make_tars(cache: Path, samples: int) -> Tars:
             _picture(np.random.default_rng(number)).save(sources / f"{number:02d}.jpg", quality=95)
         (sources / "made").touch()
     photos = make_photos(cache / f"readers-photos-{samples}", samples, sources, cache)
-    found, classes = read_sources(str(photos))
+    found = read_sources(str(photos))
     folder = cache / f"readers-tars-{samples}"
-    build_shards({"data": found}, folder, classes, WriteOptions(per_shard=samples // TARS))
+    build_shards({"data": found.sources}, folder, found.classes, WriteOptions(per_shard=samples // TARS))
     return Tars(folder)
 
 

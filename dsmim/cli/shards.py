@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from dsmim.cli.words import command, count, quality, share, splits
+from dsmim.cli.words import command, count, home_path, quality, share, splits
 from dsmim.shards.cores import cores
 
 
@@ -26,8 +27,22 @@ def _add_build(commands) -> None:
     build.add_argument(
         "source", help="a folder of images or of class folders, a table, or tars (put patterns in quotes)"
     )
-    build.add_argument("out", type=Path, help="folder for the shards")
-    build.add_argument("--root", type=Path, help="folder that the paths of a table start from (default: the table's)")
+    build.add_argument("out", type=home_path, help="folder for the shards")
+    build.add_argument(
+        "--root", type=home_path, help="folder that the paths of a table start from (default: the table's)"
+    )
+    build.add_argument(
+        "--classes",
+        type=home_path,
+        metavar="LIST",
+        help="number the classes by this list: classes.json of an earlier build, or one name per line",
+    )
+    build.add_argument(
+        "--numeric-classes",
+        choices=("number", "order", "text"),
+        help="class names that are numbers: take each as its class number, or count from 0 in the order of the "
+        "numbers (as timm) or of the text (as torchvision)",
+    )
     build.add_argument("--name", default="data", help="shards are named NAME-000000.tar (default: data)")
     build.add_argument(
         "--split", type=splits, default={}, metavar="train=0.9,val=0.1", help="split at random into NAME=SHARE"
@@ -40,12 +55,19 @@ def _add_build(commands) -> None:
         "--quality", type=quality, default=90, metavar="1..100", help="JPEG quality of shrunk images (default: 90)"
     )
     build.add_argument("--skip-undecodable", action="store_true", help="leave out images that cannot be decoded")
-    build.add_argument("--keys", type=Path, metavar="LIST", help="take only the samples whose keys are in this file")
-    build.add_argument("--without", type=Path, metavar="LIST", help="leave out the samples whose keys are in this file")
+    build.add_argument(
+        "--keys", type=home_path, metavar="LIST", help="take only the samples whose keys are in this file"
+    )
+    build.add_argument(
+        "--without", type=home_path, metavar="LIST", help="leave out the samples whose keys are in this file"
+    )
     build.add_argument("--seed", type=int, default=0, help="seed of the shuffle before writing (default: 0)")
     build.add_argument("--no-shuffle", action="store_true", help="keep the order of the source and read it in sequence")
     build.add_argument(
-        "--index-dir", metavar="DIR", help="folder of the source tars' indexes (default: beside the tars)"
+        "--index-dir",
+        type=home_path,
+        metavar="DIR",
+        help="folder of the source tars' indexes (default: beside the tars)",
     )
     _add_workers(build)
 
@@ -109,11 +131,16 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(options) -> None:
-    from dsmim.packing.sources import filter_sources, read_sources, split_sources
+    from dsmim.packing.classes import class_lines
+    from dsmim.packing.files import some
+    from dsmim.packing.sources import count_labels, filter_sources, read_sources, split_sources
     from dsmim.packing.writer import WriteOptions, build_shards
     from dsmim.shards.subset import read_list
 
-    sources, classes = read_sources(options.source, options.root, options.index_dir)
+    found = read_sources(options.source, options.root, options.index_dir, options.classes, options.numeric_classes)
+    for line in found.warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    sources = found.sources
     if options.keys or options.without:
         lists = (
             path and [line.partition("\t")[0] for line in read_list(path)] for path in (options.keys, options.without)
@@ -121,12 +148,18 @@ def _build(options) -> None:
         sources = filter_sources(sources, *lists)
     seed = None if options.no_shuffle else options.seed
     parts = split_sources(sources, options.split or {options.name: 1.0}, seed)
+    for line in class_lines(found.classes, {name: count_labels(part) for name, part in parts.items()}):
+        print(line)
     writing = WriteOptions(options.per_shard, options.short_side, options.quality, options.skip_undecodable)
-    built = build_shards(parts, options.out, classes, writing, options.workers)
+    built = build_shards(parts, options.out, found.classes, writing, options.workers)
     for line in built.left_out:
         print(f"left out: {line}")
+    if built.renewed:
+        print(f"built again, because their images have changed: {some(built.renewed, len(built.renewed))}")
     images, kept = sum(index.samples for index in built.shards), len(built.shards) - built.written
     print(f"{images} images in {len(built.shards)} shards in {options.out}" + (f", {kept} kept" if kept else ""))
+    for line in found.left_out.line():
+        print(line)
 
 
 def _index(options) -> None:
@@ -139,13 +172,13 @@ def _index(options) -> None:
 def _verify(options) -> int:
     from dsmim.packing.verify import verify_all
 
-    problems = verify_all(
+    found = verify_all(
         options.shards, options.index_dir, options.workers, options.decode, options.report, options.allow_pipe
     )
-    for problem in problems:
-        print(problem)
-    print(f"{len(problems)} problems" if problems else "all shards are as indexed")
-    return 1 if problems else 0
+    summary = f"{len(found.problems)} problems" if found.problems else "all shards are as indexed"
+    for line in [*found.problems, summary, *found.left_out.line()]:
+        print(line)
+    return 1 if found.problems else 0
 
 
 def _subset(options) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ def add_overrides(parser: argparse.ArgumentParser, about: str = "recipe keys to 
 def add_run_dir(parser: argparse.ArgumentParser) -> None:
     """Add the options that name the run to start or resume."""
     parser.add_argument(
-        "--run-dir", type=path, metavar="DIR", help="folder of checkpoints and logs (default: runs/RECIPE)"
+        "--run-dir", type=home_path, metavar="DIR", help="folder of checkpoints and logs (default: runs/RECIPE)"
     )
     parser.add_argument("--fork", action="store_true", help="continue the run although its recipe has changed")
 
@@ -41,9 +42,9 @@ def add_local_rank(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
-def path(text: str) -> Path:
-    """Return a path; ~ is the home folder, which a shell does not put into --run-dir=~/runs."""
-    return Path(text).expanduser()
+def home_path(text: str) -> Path:
+    """Return a path, with ~ for the home folder where the shell has left it, as in --root=~/images."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - Path's own raises for ~name without such a user
 
 
 def count(text: str) -> int:

@@ -14,7 +14,7 @@ from dsmim.data.decode import Buffer, Undecodable
 from dsmim.data.order import Draw, Order, stream_key
 from dsmim.data.reader import DataError, ShardReader
 from dsmim.data.streams import own_stream, reseed
-from dsmim.shards.tar import IMAGE_EXTENSIONS
+from dsmim.shards.extensions import IMAGE_EXTENSIONS
 
 ATTEMPTS = 10  # successive samples that are tried, the drawn one first, until one decodes
 PREFETCH = 4  # shards that an evaluation announces: the one that it reads and those after it

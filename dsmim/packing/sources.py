@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import shlex
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from dsmim.data.order import permutation
+from dsmim.packing.classes import LARGEST, is_number, number_classes, whole_number
+from dsmim.packing.files import NAMED, ImageFile, Stamp, extension, some, stamp_of
+from dsmim.packing.folders import doubts, read_folder
+from dsmim.packing.tables import read_table
+from dsmim.shards.extensions import LOOKED_FOR
 from dsmim.shards.opening import open_shards
 from dsmim.shards.remote import is_remote
-from dsmim.shards.tar import is_image, read_sample
+from dsmim.shards.tally import Tally
+from dsmim.shards.tar import NO_LABEL, read_sample
 
 
 @dataclass(frozen=True)
@@ -23,13 +29,19 @@ class FileSource:
     path: Path
     key: str
     label: int | None = None
+    stamp: Stamp | None = field(default=None, repr=False)
+    """Size and time of the file when the build began."""
 
     def members(self) -> dict[str, bytes]:
-        """Return extension → bytes. Raises ValueError when the file cannot be read."""
+        """Return extension → bytes. Raises ValueError when the file cannot be read, or has changed."""
         try:
-            image = {self.path.suffix.lower().lstrip("."): self.path.read_bytes()}
+            with self.path.open("rb") as file:
+                stamp, data = stamp_of(os.fstat(file.fileno())), file.read()
         except OSError as error:
             raise ValueError(f"{self.path}: {error.strerror}") from None
+        if self.stamp and stamp != self.stamp:
+            raise ValueError(f"{self.path}: has changed since the build began; run the same command again")
+        image = {extension(self.path): data}
         return image if self.label is None else image | {"cls": str(self.label).encode()}
 
 
@@ -41,6 +53,9 @@ class TarSource:
     key: str
     offset: int
     length: int
+    label: int | None = field(default=None, repr=False)
+    stamp: str = field(default="", repr=False)
+    """Digest of the tar."""
 
     def members(self) -> dict[str, bytes]:
         """Return extension → bytes. Raises ValueError when the tar has changed since it was indexed."""
@@ -55,28 +70,59 @@ class TarSource:
 Source = FileSource | TarSource
 
 
-def read_sources(source: str, root: Path | None = None, index_dir: str | None = None) -> tuple[list[Source], list[str]]:
-    """Return the images of a folder, of a CSV/TSV table or of tars, and the class names when labels are names.
+class Found(NamedTuple):
+    """What a source contains."""
 
-    In a folder of folders, the first level gives the classes, numbered in the order of their names; a flat folder has
-    no labels. A table has the column path and, for labels, the column label: numbers or names. Paths are relative to
-    `root`, by default the folder of the table. Tars (a path, glob, brace pattern, or a folder of them) must be
-    indexed; their samples keep all their members. Raises ValueError naming what is wrong.
+    sources: list[Source]
+    classes: list[str]
+    """Names of the classes, in the order of their numbers; none when labels are numbers, or there are none."""
+    left_out: Tally
+    """Files that are not in the shards, by extension or reason."""
+    warnings: list[str]
+
+
+def read_sources(
+    source: str,
+    root: Path | None = None,
+    index_dir: str | None = None,
+    known: Path | None = None,
+    numeric: str | None = None,
+) -> Found:
+    """Return the images of a folder, of a table or of tars, and the class names when labels are names.
+
+    In a folder of folders, the first level gives the classes (folders.py); a flat folder has no labels. A table has a
+    column of paths and, for labels, one of numbers or names (tables.py). Its paths are relative to `root`, by default
+    the folder of the table. Tars (a path, glob, brace pattern, or a folder of them) must be indexed; their samples keep
+    all their members. known, numeric: how names become class numbers (classes.py). Raises ValueError naming what is
+    wrong.
     """
+    source = os.path.expanduser(source)  # noqa: PTH111 - a pattern is no Path, and ~name may be a file
     if _is_tars(source):
-        sources, classes = _from_tars(source, index_dir), []
+        if known or numeric:
+            raise ValueError("--classes and --numeric-classes have no effect on tars, whose samples keep their labels")
+        found = _from_tars(source, index_dir)
     elif Path(source).is_dir():
-        sources, classes = _from_folder(Path(source))
+        found = _from_folder(Path(source), known, numeric)
+    elif Path(source).exists():
+        found = _from_table(Path(source), root or Path(source).parent, known, numeric)
     else:
-        sources, classes = _from_table(Path(source), root or Path(source).parent)
-    if not sources:
-        raise ValueError(f"{source}: no images found")
-    keys: dict[str, Source] = {}
-    for item in sources:
-        if item.key in keys:
-            raise ValueError(f"{_name(item)} and {_name(keys[item.key])} would share the key {item.key!r}; rename one")
-        keys[item.key] = item
-    return sources, classes
+        raise ValueError(
+            f"{source}: no such file or folder (looked in {Path.cwd()}); give a folder of images or of class folders, "
+            "a table (path,label), or tars: 'shards/*.tar' in quotes"
+        )
+    if not found.sources:
+        raise ValueError("; ".join([f"{source}: no images found ({LOOKED_FOR})", *found.left_out.line()]))
+    if (known or numeric) and not count_labels(found.sources):
+        raise ValueError(
+            f"--classes and --numeric-classes have no effect: {source} has neither class folders nor labels"
+        )
+    _refuse_shared_keys(source, found.sources)
+    return found
+
+
+def count_labels(sources: Iterable[Source]) -> Counter[int]:
+    """Return class number → number of sources that have it."""
+    return Counter(source.label for source in sources if source.label is not None)
 
 
 def filter_sources(sources: list[Source], keys: Iterable[str] | None, without: Iterable[str] | None) -> list[Source]:
@@ -125,61 +171,91 @@ def _name(source: Source) -> str:
     return str(source.path) if isinstance(source, FileSource) else f"a sample of {source.tar}"
 
 
-def _from_tars(source: str, index_dir: str | None) -> list[Source]:
+def _refuse_shared_keys(where: str, sources: list[Source]) -> None:
+    if len({source.key for source in sources}) == len(sources):  # there may be many millions
+        return
+    of_key: dict[str, list[Source]] = defaultdict(list)
+    for source in sources:
+        of_key[source.key].append(source)
+    shared = {key: same for key, same in of_key.items() if len(same) > 1}
+    words = [f"{key!r} ({', '.join(map(_name, same[:NAMED]))})" for key, same in shared.items()]
+    raise ValueError(
+        f"{where}: {len(shared)} keys would be shared by several images: {some(words, len(words))}; a key is the path "
+        "without the extension, with '_' for other dots: rename or remove images so that keys differ"
+    )
+
+
+def _from_tars(source: str, index_dir: str | None) -> Found:
     if is_remote(source):
         raise ValueError(f"{source}: shards are built from local tars; copy them to a file system first")
     sources: list[Source] = []
     for index in open_shards(source, index_dir, str(source)):
         table = index.table()
-        sources += [TarSource(index.tar, key, *table.place(row)) for row, key in enumerate(table.keys)]
-    return sources
+        labels = [None if label == NO_LABEL else label for label in table.labels.tolist()]
+        sources += [
+            TarSource(index.tar, key, *table.place(row), labels[row], index.sha256)
+            for row, key in enumerate(table.keys)
+        ]
+    return Found(sources, [], _beside_tars(Path(source)), [])
 
 
-def _key(relative: Path) -> str:
-    """Return the path without its extension. In WebDataset a key ends at the first dot: other dots become '_'."""
-    return str(relative.with_suffix("")).replace(".", "_")
+def _beside_tars(folder: Path) -> Tally:
+    """Count what a folder of tars contains besides them and what the shards commands write."""
+    left_out = Tally()
+    ours = (".tar", ".dsmi", ".build.json", "classes.json")
+    for path in sorted(folder.iterdir()) if os.path.isdir(folder) else []:  # noqa: PTH112 - a pattern may be too long
+        if not path.name.endswith(ours) and not path.name.startswith("."):
+            kind = "folders beside the tars" if path.is_dir() else f".{extension(path)}"
+            left_out.count(kind, str(path))
+    return left_out
 
 
-def _from_folder(folder: Path) -> tuple[list[Source], list[str]]:
-    files = (Path(top) / name for top, _, names in os.walk(folder, followlinks=True) for name in names)
-    paths = sorted(path for path in files if is_image(path.suffix.lower().lstrip(".")) and path.is_file())
-    relatives = [path.relative_to(folder) for path in paths]
-    top = {len(relative.parts) == 1 for relative in relatives}
-    if top == {True, False}:
-        raise ValueError(f"{folder}: contains images beside class folders; move them into one, or give a table")
-    classes = sorted({relative.parts[0] for relative in relatives}) if top == {False} else []
-    labels = {name: number for number, name in enumerate(classes)}
-    sources = [
-        FileSource(path, _key(rel), labels.get(rel.parts[0])) for path, rel in zip(paths, relatives, strict=True)
-    ]
-    return sources, classes
+def _from_folder(path: Path, known: Path | None, numeric: str | None) -> Found:
+    folder = read_folder(path)
+    classes = number_classes(folder.classes, str(path), known, numeric) if folder.classes else []
+    return Found(_sources(folder.files, classes), classes, folder.left_out, doubts(folder))
 
 
-def _from_table(table: Path, root: Path) -> tuple[list[Source], list[str]]:
-    try:
-        text = table.read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark first
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{table}: is neither a folder nor a readable table ({error})") from None
-    rows = [row for row in csv.reader(io.StringIO(text), delimiter="\t" if table.suffix == ".tsv" else ",") if row]
-    rows = rows[1:] if rows and rows[0][0] == "path" else rows  # the heading line is optional
-    widths = {len(row) for row in rows}
-    if not widths <= {1} and not widths <= {2}:
-        number = next(i for i, row in enumerate(rows) if len(row) != len(rows[0]) or len(row) > 2)
-        raise ValueError(f"{table}: row {number + 1} ({rows[number]}) should have the columns path or path,label")
-    words = [row[1].strip() for row in rows if len(row) == 2]
-    numeric = bool(words) and words[0].isdigit()
-    if odd := [number for number, word in enumerate(words) if not word or word.isdigit() != numeric]:
-        what = "a number from 0" if numeric else "a name"
-        raise ValueError(f"{table}: row {odd[0] + 1} has the label {words[odd[0]]!r} where the first one is {what}")
-    classes = [] if numeric else sorted(set(words))
-    labels = {word: int(word) if numeric else classes.index(word) for word in set(words)}
-    sources = [FileSource(root / row[0], _key(Path(row[0])), labels[row[1].strip()] if words else None) for row in rows]
-    return [_checked(source, table) for source in sources], classes
+def _from_table(path: Path, root: Path, known: Path | None, numeric: str | None) -> Found:
+    table = read_table(path, root)
+    words = {file.word for file in table.files} - {None}
+    if not known:
+        _refuse_mixed(path, table.files)
+        if (
+            words
+            and all(map(is_number if numeric == "number" else str.isdecimal, words))
+            and numeric in (None, "number")
+        ):
+            _refuse_unfit(path, words)
+            return Found(_sources(table.files), [], Tally(), table.notes)
+    classes = number_classes(words, str(path), known, numeric) if words else []
+    return Found(_sources(table.files, classes), classes, Tally(), table.notes)
 
 
-def _checked(source: FileSource, table: Path) -> FileSource:
-    if not source.path.is_file():
-        raise ValueError(f"{table}: no such file: {source.path}")
-    if not is_image(source.path.suffix.lower().lstrip(".")):
-        raise ValueError(f"{table}: {source.path} has no image extension")
-    return replace(source, key=source.key.lstrip("/"))
+def _sources(files: list[ImageFile], classes: Iterable[str] = ()) -> list[Source]:
+    """Return the sources of files; without classes, their words are numbers."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    words = {file.word for file in files} - {None}
+    labels = {word: numbers[word] if numbers else whole_number(word) for word in words}
+    return [FileSource(file.path, file.key, labels.get(file.word), file.stamp) for file in files]
+
+
+def _refuse_unfit(table: Path, words: set[str]) -> None:
+    if unfit := sorted(word for word in words if whole_number(word) is None):
+        raise ValueError(
+            f"{table}: class numbers that are not whole, or above {LARGEST}: {some(unfit, len(unfit))}; number the "
+            "classes from 0, or see --numeric-classes"
+        )
+
+
+def _refuse_mixed(table: Path, files: list[ImageFile]) -> None:
+    """Refuse names among numbers: one of the two is a mistake."""
+    labelled = [file for file in files if file.word is not None]
+    if not labelled:
+        return
+    first = labelled[0]
+    odd = [file for file in labelled if is_number(file.word) != is_number(first.word)]
+    what = "a number" if is_number(first.word) else "a name"
+    if odd:
+        words = [f"row {file.row} has the label {file.word!r}" for file in odd]
+        raise ValueError(f"{table}: {some(words, len(words))}, where the first one, {first.word!r}, is {what}")

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import tarfile
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from dsmim.shards.extensions import is_image
 from dsmim.shards.index import describe_tar, index_file, read_index
 from dsmim.shards.opening import expand, local_copy
 from dsmim.shards.parallel import parallel
 from dsmim.shards.remote import is_remote
-from dsmim.shards.tar import NO_LABEL, Sample, is_image, read_sample
+from dsmim.shards.tally import Tally
+from dsmim.shards.tar import NO_LABEL, Sample, read_sample, split_member
+
+
+class Verified(NamedTuple):
+    """What was found in shards."""
+
+    problems: list[str]
+    """One line per problem."""
+    left_out: Tally
+    """Files that belong to no sample, by extension or reason. They are no problem in themselves."""
 
 
 def verify_all(
@@ -22,8 +34,8 @@ def verify_all(
     decode_images: bool,
     report: Path | None = None,
     allow_pipe: bool = False,
-) -> list[str]:
-    """Check all shards; return one line per problem.
+) -> Verified:
+    """Check all shards.
 
     report: a file of JSON lines, one per shard, which grows as shards are done. A shard in it is not checked again as
     long as size and time of shard and index are the same. Raises ValueError when the file is no such report.
@@ -34,12 +46,16 @@ def verify_all(
     left = [tar for tar in shards if tar not in known]
     work = partial(_verify_and_report, index_dir=index_dir, decode_images=decode_images, report=report)
     found = dict(zip(left, parallel(work, left, workers, "verify"), strict=True))
-    return [line for tar in shards for line in (found[tar] if tar in found else known[tar]["problems"])]
+    results = [found[tar] if tar in found else _reported(known[tar]) for tar in shards]
+    whole = Verified([line for result in results for line in result.problems], Tally())
+    for result in results:
+        whole.left_out.add(result.left_out)
+    return whole
 
 
-def verify_shard(tar: str, index_dir: str | None = None, decode_images: bool = False) -> list[str]:
-    """Check one shard: tar structure, index, digest, labels, with decode_images every image. Return its problems."""
-    problems = []
+def verify_shard(tar: str, index_dir: str | None = None, decode_images: bool = False) -> Verified:
+    """Check one shard: tar structure, index, digest, labels, with decode_images every image."""
+    problems, left_out = [], Tally()
     try:
         index = read_index(tar, index_dir)
     except (ValueError, OSError) as error:
@@ -50,12 +66,32 @@ def verify_shard(tar: str, index_dir: str | None = None, decode_images: bool = F
             if index and digest != index.sha256:
                 problems.append(f"{tar}: contents differ from what was indexed ({index_file(tar, index_dir)})")
             problems += _unlabelled(tar, samples)
+            left_out = _left_out(path, samples)
             if decode_images:
                 with path.open("rb") as file:
                     problems += [line for sample in samples for line in _undecodable(tar, file, sample)]
     except (ValueError, OSError) as error:
         problems.append(str(error))
-    return problems
+    return Verified(problems, left_out)
+
+
+def _left_out(path: Path, samples: list[Sample]) -> Tally:
+    """Count the files of a tar that belong to no sample."""
+    keys, left_out = {sample.key for sample in samples}, Tally()
+    with tarfile.open(path, "r:") as archive:
+        for member in archive:
+            parts = split_member(member.name)
+            if not member.isdir() and not (member.isfile() and parts and parts[0] in keys):
+                left_out.count(_kind(member, parts), member.name)
+            archive.members.clear()  # else tarfile keeps every header of the shard in memory
+    return left_out
+
+
+def _kind(member: tarfile.TarInfo, parts: tuple[str, str] | None) -> str:
+    if not member.isfile():
+        return "links and special files"
+    hidden = member.name.rpartition("/")[2].startswith(".")
+    return f".{parts[1]}" if parts else "hidden" if hidden else "without extension"
 
 
 def _unlabelled(tar: str, samples: list[Sample]) -> list[str]:
@@ -80,14 +116,19 @@ def _undecodable(tar: str, file: Any, sample: Sample) -> list[str]:
     return problems
 
 
-def _verify_and_report(tar: str, index_dir: str | None, decode_images: bool, report: Path | None) -> list[str]:
+def _verify_and_report(tar: str, index_dir: str | None, decode_images: bool, report: Path | None) -> Verified:
     stamp = _stamp(tar, index_dir)
-    problems = verify_shard(tar, index_dir, decode_images)
+    result = verify_shard(tar, index_dir, decode_images)
     if report:
-        line = {"shard": tar, "stamp": stamp, "decoded": decode_images, "problems": problems}
+        line = {"shard": tar, "stamp": stamp, "decoded": decode_images, **result._asdict()}
         with report.open("ab", buffering=0) as file:  # one write per line, so that processes do not mix theirs
             file.write(json.dumps(line).encode() + b"\n")
-    return problems
+    return result
+
+
+def _reported(line: dict[str, Any]) -> Verified:
+    """Return the result that a report keeps; those of older versions did not count what was left out."""
+    return Verified(line["problems"], Tally({kind: tuple(value) for kind, value in line.get("left_out", {}).items()}))
 
 
 def _read_report(report: Path, decode_images: bool) -> dict[str, dict]:

@@ -12,19 +12,22 @@ import io
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import webdataset
 from PIL import Image
 
-from dsmim.packing.sources import Source
+from dsmim.packing.sources import FileSource, Source
 from dsmim.shards.atomic import partial_file, remove_leftovers, write_atomically
+from dsmim.shards.classes import CLASSES, write_classes
+from dsmim.shards.extensions import is_image
 from dsmim.shards.index import ShardIndex, describe_tar, index_file, read_index, write_sidecar
 from dsmim.shards.locks import locked
 from dsmim.shards.parallel import parallel
 from dsmim.shards.pixels import open_rgb
-from dsmim.shards.tar import is_image
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class BuildResult:
     """One line per undecodable image that is not in the shards written now."""
     written: int
     """Number of shards written now; the others existed already."""
+    renewed: list[str] = field(default_factory=list)
+    """Names of those shards that existed, but whose images have changed since."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,18 @@ class _Job:
     path: Path
     sources: list[Source]
     options: WriteOptions
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What one part of a build is made of."""
+
+    file: Path
+    about: dict[str, Any]
+    """What must be equal where a build is continued."""
+    jobs: list[_Job]
+    stamps: list[str] | None
+    """For each shard, the digest of its images' stamps when it was begun; None when they are not known."""
 
 
 def build_shards(
@@ -68,55 +85,68 @@ def build_shards(
 ) -> BuildResult:
     """Write `out/NAME-000000.tar …` and their indexes for every part; each file gets its name when it is complete.
 
-    Shards that an earlier run of the same build has finished are kept. Raises ValueError when the name has shards of
-    another build, or another process builds into `out`.
+    Shards that an earlier run of the same build has finished are kept, unless one of their images has changed: then
+    they are written again. Raises ValueError when the name has shards of another build, or another process builds into
+    `out`.
     """
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".build.lock", wait=False) as alone:
         if not alone:
             raise ValueError(f"{out}: another dsmim shards build is writing there; wait for its end")
         remove_leftovers(out)
-        jobs = [job for name, sources in parts.items() for job in _plan(out, name, sources, options)]
+        plans = [_plan(out, name, sources, options) for name, sources in parts.items()]
         if classes:
-            _write_classes(out / "classes.json", classes)
+            write_classes(out / CLASSES, classes)
+        renewed = [path.name for plan in plans for path in _start(plan)]
+        jobs = [job for plan in plans for job in plan.jobs]
         left = [job for job in jobs if not _is_whole(job.path)]
         left_out = parallel(_write_shard, left, workers, "build")
     shards = [read_index(job.path) for job in jobs if job.path.exists()]
-    return BuildResult(shards, [line for lines in left_out for line in lines], len(left))
+    return BuildResult(shards, [line for lines in left_out for line in lines], len(left), renewed)
 
 
-def _write_classes(path: Path, classes: list[str]) -> None:
-    """Write the list of class names, one for all shards of the folder.
-
-    Raises ValueError when the folder has another list, whose numbers mean other classes.
-    """
-    if path.exists() and json.loads(path.read_text()) != classes:
-        raise ValueError(
-            f"{path}: lists other classes, with other numbers; build from a table of path,number or into another folder"
-        )
-    write_atomically(path, (json.dumps(classes, indent=0) + "\n").encode())
-
-
-def _plan(out: Path, name: str, sources: list[Source], options: WriteOptions) -> list[_Job]:
-    """Record the plan of one part and return its shards, after checking that existing ones are of the same build."""
-    plan = asdict(options) | {"images": len(sources), "sources": _digest(sources)}
+def _plan(out: Path, name: str, sources: list[Source], options: WriteOptions) -> _Plan:
+    """Return the plan of one part, after checking that existing shards are of the same build."""
+    plan = asdict(options) | {"images": len(sources), "sources": _digest(map(repr, sources))}
     plan["quality"] = options.quality if options.short_side else None  # original bytes are not encoded again
     file = out / f"{name}.build.json"
     before = json.loads(file.read_text()) if file.exists() else None
+    stamps = before.pop("stamps", None) if before else None
     files, own = sorted(out.iterdir()), re.escape(name) + r"-\d{6,}\.tar"
     if before != plan and (there := [path for path in files if re.fullmatch(own, path.name)]):
         differ = [key for key in plan if before and before.get(key) != plan[key]]
         why = f"from a build that differs in {', '.join(differ)}" if before else "not from dsmim shards build"
         raise ValueError(f"{there[0]}: exists already, {why}; remove it or build into another folder")
-    write_atomically(file, (json.dumps(plan, indent=1) + "\n").encode())
     chunks = [sources[i : i + options.per_shard] for i in range(0, len(sources), options.per_shard)]
-    return [_Job(out / f"{name}-{number:06d}.tar", chunk, options) for number, chunk in enumerate(chunks)]
+    jobs = [_Job(out / f"{name}-{number:06d}.tar", chunk, options) for number, chunk in enumerate(chunks)]
+    return _Plan(file, plan, jobs, stamps if before == plan else None)
 
 
-def _digest(sources: list[Source]) -> str:
+def _start(plan: _Plan) -> list[Path]:
+    """Record the plan, and mark the shards whose images have changed as to be written again: by removing their indexes,
+    so that a killed build is continued rightly. Return these shards."""
+    stamps = [_digest(str(source.stamp) for source in job.sources) for job in plan.jobs]
+    before = plan.stamps or [None] * len(stamps)
+    changed = [job.path for job, old, new in zip(plan.jobs, before, stamps, strict=True) if _has_changed(job, old, new)]
+    for path in changed:
+        Path(index_file(str(path))).unlink(missing_ok=True)
+    write_atomically(plan.file, (json.dumps(plan.about | {"stamps": stamps}, indent=1) + "\n").encode())
+    return changed
+
+
+def _has_changed(job: _Job, old: str | None, new: str) -> bool:
+    """Return whether images of a finished shard have changed. The plan of an older version has no stamps: then a shard
+    has changed whose image files are newer than itself."""
+    if old is not None or not job.path.exists():
+        return job.path.exists() and old != new
+    written = job.path.stat().st_mtime_ns
+    return any(source.stamp[1] > written for source in job.sources if isinstance(source, FileSource) and source.stamp)
+
+
+def _digest(lines: Iterable[str]) -> str:
     digest = hashlib.sha256()
-    for source in sources:
-        digest.update(repr(source).encode("utf-8", "surrogateescape"))
+    for line in lines:
+        digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from dsmim.shards.extensions import LOOKED_FOR, is_image
+
 BLOCK = tarfile.BLOCKSIZE
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 NO_LABEL = -1
 # WebDataset's rule: the key ends at the first dot of the file's name and includes its folders.
 _MEMBER = re.compile(r"^((?:.*/|)[^./][^.]*)\.([^/]+)$")
@@ -47,11 +48,6 @@ def split_member(name: str) -> tuple[str, str] | None:
     return (match[1], match[2].lower()) if match else None
 
 
-def is_image(extension: str) -> bool:
-    """Return whether a member with this extension is an image."""
-    return extension in IMAGE_EXTENSIONS
-
-
 def scan(tar: Path, name: str) -> list[Sample]:
     """Return every sample of a tar that has an image, in order.
 
@@ -71,7 +67,7 @@ def scan(tar: Path, name: str) -> list[Sample]:
             label = max(member.label for member in members)
             samples.append(Sample(key, members[0].offset, members[-1].end - members[0].offset, label))
     if not samples:
-        raise ValueError(f"{name}: contains no image (looked for {', '.join(IMAGE_EXTENSIONS)})")
+        raise ValueError(f"{name}: contains no image ({LOOKED_FOR})")
     return samples
 
 

@@ -176,7 +176,7 @@ def test_a_bad_image_is_replaced_and_no_other_sample_moves(tmp_path, name):
             assert b["key"] == "k4" and why in b["undecodable"][0] and "train-000.tar: k3.jpg" in b["undecodable"][0]
         else:
             assert a["key"] == b["key"] and torch.equal(a["image"], b["image"]) and not b["undecodable"]
-    problems = verify_shard(str(bad), decode_images=True)
+    problems = verify_shard(str(bad), decode_images=True).problems
     assert len(problems) == 1 and "k3.jpg cannot be decoded" in problems[0] and why in problems[0]
 
 
@@ -190,7 +190,7 @@ def test_a_member_twice_and_a_key_twice_are_errors_at_indexing(tmp_path):
 def test_labels_that_only_a_part_of_the_samples_has_are_reported(tmp_path):
     tar = write_tar(tmp_path / "t.tar", [("a.png", image_bytes(0)), ("a.cls", b"1"), ("b.png", image_bytes(1))])
     write_index(tar)
-    assert verify_shard(str(tar)) == [f"{tar}: 1 of 2 samples have no class number (KEY.cls), the first b"]
+    assert verify_shard(str(tar)).problems == [f"{tar}: 1 of 2 samples have no class number (KEY.cls), the first b"]
 
 
 def test_a_shard_that_is_cut_during_training(tmp_path):

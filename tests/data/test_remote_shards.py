@@ -60,7 +60,7 @@ def test_an_index_beside_a_remote_shard_saves_reading_the_shard(server, shards, 
     indexes = index_all([urls(server)], str(tmp_path), workers=1)
     assert [index.samples for index in indexes] == [17, 3, 13, 11, 9]
     assert not any(server.gets[f"/train-{i:03d}.tar"] for i in range(5))
-    assert verify_all([urls(server)], str(tmp_path), 1, True) == []
+    assert verify_all([urls(server)], str(tmp_path), 1, True).problems == []
 
 
 def test_a_web_page_in_place_of_an_index_is_ignored(server, tmp_path):

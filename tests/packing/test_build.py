@@ -51,8 +51,8 @@ def test_build_from_tables(folder, tmp_path):
     }
     named = tmp_path / "t.csv"
     named.write_text("cat/1.png,tabby\ndog/2.png,beagle\n")
-    sources, classes = read_sources(str(named), root=folder)
-    assert classes == ["beagle", "tabby"] and [s.label for s in sources] == [1, 0]
+    found = read_sources(str(named), root=folder)
+    assert found.classes == ["beagle", "tabby"] and [source.label for source in found.sources] == [1, 0]
 
 
 def test_short_side(folder, tmp_path):
@@ -125,7 +125,7 @@ def test_class_folders_may_be_links_and_two_builds_share_one_list_of_classes(tmp
     dsmim("shards", "build", tmp_path / "ab", tmp_path / "out", "--name", "train")
     assert set(samples_of(tmp_path / "out")) == {"a/a0", "b/b0"}
     done = dsmim("shards", "build", tmp_path / "bc", tmp_path / "out", "--name", "val", check=False)
-    assert done.returncode == 1 and "lists other classes, with other numbers" in done.stderr
+    assert done.returncode == 1 and "does not list 1 of the 2 classes here (c)" in done.stderr
     dsmim("shards", "build", tmp_path / "ab", tmp_path / "out", "--name", "val-hard")
     dsmim("shards", "build", tmp_path / "ab", tmp_path / "out", "--name", "val")
 

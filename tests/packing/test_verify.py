@@ -37,27 +37,27 @@ def test_verify_finds_structural_damage_without_an_index(tmp_path):
     path = make_shards(tmp_path, [4])[0]
     broken = tmp_path / "broken.tar"
     broken.write_bytes(path.read_bytes()[:3000])
-    problems = verify_shard(str(broken))
+    problems = verify_shard(str(broken)).problems
     assert len(problems) == 2 and "has no index" in problems[0] and "cut short" in problems[1]
 
 
 def test_shards_in_the_report_are_not_checked_again(tmp_path):
     paths = [str(path) for path in make_shards(tmp_path, [2, 2])]
     report = tmp_path / "report.jsonl"
-    assert verify_all(paths, None, 1, False, report) == []
+    assert verify_all(paths, None, 1, False, report).problems == []
     os.utime(paths[1])  # touched: checked again
     lines = [json.loads(line) for line in report.read_text().splitlines()]
     assert [line["shard"] for line in lines] == paths
     report.write_text(json.dumps(lines[0] | {"problems": ["as reported"]}) + "\n" + json.dumps(lines[1]) + "\n")
-    assert verify_all(paths, None, 1, False, report)[0] == "as reported"
+    assert verify_all(paths, None, 1, False, report).problems[0] == "as reported"
     assert len(report.read_text().splitlines()) == 3
-    assert "as reported" not in verify_all(paths, None, 1, True, report)  # not decoded then
+    assert "as reported" not in verify_all(paths, None, 1, True, report).problems  # not decoded then
     lines = report.read_bytes()
     report.write_bytes(lines + b'{"shard": "cut of')  # the command was killed while it wrote
     verify_all(paths, None, 1, False, report)
     assert report.read_bytes() == lines  # nothing was checked again
     Path(f"{paths[0]}.dsmi").unlink()
-    assert "has no index" in verify_all(paths, None, 1, False, report)[0]
+    assert "has no index" in verify_all(paths, None, 1, False, report).problems[0]
     report.write_text("no report\n")
     with pytest.raises(ValueError, match="is no report of dsmim shards verify"):
         verify_all(paths, None, 1, False, report)
