@@ -55,6 +55,14 @@ def normalise(
     return (images.float().contiguous() - mean) / std  # the loader's images are channels-last
 
 
+def denormalise(
+    images: torch.Tensor, mean: Channels = IMAGENET_DEFAULT_MEAN, std: Channels = IMAGENET_DEFAULT_STD
+) -> torch.Tensor:
+    """Return the uint8 pixels (B, C, H, W) that `normalise` maps to the images: rounded, and cut to 0 to 255."""
+    mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) * 255 for values in (mean, std))
+    return (images.float() * std + mean).round().clamp(0, 255).byte()
+
+
 def _mode(name: str) -> v2.InterpolationMode:
     return v2.InterpolationMode(name)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsmim.data.order import permutation
-from dsmim.shards.opening import open_shards
+from dsmim.shards.opening import names_shards, open_shards
 from dsmim.shards.remote import is_remote
 from dsmim.shards.tar import is_image, read_sample
 
@@ -63,7 +63,7 @@ def read_sources(source: str, root: Path | None = None, index_dir: str | None = 
     `root`, by default the folder of the table. Tars (a path, glob, brace pattern, or a folder of them) must be
     indexed; their samples keep all their members. Raises ValueError naming what is wrong.
     """
-    if _is_tars(source):
+    if names_shards(source):
         sources, classes = _from_tars(source, index_dir), []
     elif Path(source).is_dir():
         sources, classes = _from_folder(Path(source))
@@ -114,11 +114,6 @@ def split_sources(sources: list[Source], splits: dict[str, float], seed: int | N
             raise ValueError(f"--split: {name}={share:g} of {len(mixed)} images is none")
         parts[name], begin = mixed[begin:end], end
     return parts
-
-
-def _is_tars(source: str) -> bool:
-    folder = Path(source)
-    return is_remote(source) or source.endswith(".tar") or (folder.is_dir() and any(folder.glob("*.tar")))
 
 
 def _name(source: Source) -> str:
