@@ -91,7 +91,12 @@ def _drawings(task: Task, batch: dict) -> Iterator[Drawing]:
     filled, hidden = task.reconstruction(batch)
     masked = torch.where(hidden, torch.full_like(images, GREY), images)
     for key, *tensors in zip(batch["key"], images, masked, filled, strict=True):
-        yield Drawing(key, *(tensor if len(tensor) == 3 else tensor[:1].expand(3, -1, -1) for tensor in tensors))
+        yield Drawing(key, *map(_rgb, tensors))
+
+
+def _rgb(image: torch.Tensor) -> torch.Tensor:
+    """Return three channels of (C, H, W): the first three, or one three times."""
+    return image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
 
 
 def _picture(drawings: list[Drawing]) -> bytes:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from dsmim.predict import predict, write_predictions
 from dsmim.shards.index import write_index
 from dsmim.tasks.per_class import PerClass
 from tests.conftest import dsmim as command
-from tests.conftest import image_bytes, make_shards, tiny_recipe, two_ranks, write_tar
+from tests.conftest import make_shards, tiny_recipe, two_ranks, write_tar
 from tests.weights.weight_files import run_directory, scrambled
 
 NAMES = ["ant", "bee", "fly, fruit"]
@@ -40,17 +41,22 @@ def home(tmp_path_factory) -> Home:
     shards = make_shards(folder, [8, 5], name="val")
     (folder / "classes.json").write_text(json.dumps(NAMES))
     tree = tiny_recipe(folder, task={"name": "classify", "num_classes": 3})
-    model = scrambled(dsmim.create_model("swinv2_nano", img_size=32, window_size=4, num_classes=3))
-    run_dir = run_directory(folder / "run", tree, model)
     images, labels = {}, []
     for shard in shards:
         with tarfile.open(shard) as archive:
             read = {member.name: archive.extractfile(member).read() for member in archive}
         images |= {name.removesuffix(".png"): read[name] for name in read if name.endswith(".png")}
         labels += [int(read[name]) for name in read if name.endswith(".cls")]
-    network, transform = dsmim.load(run_dir)
+    model = scrambled(dsmim.create_model("swinv2_nano", img_size=32, window_size=4, num_classes=3))
+    run_dir = run_directory(folder / "run", tree, model)
     with torch.no_grad():
-        logits = network(torch.stack([transform(image) for image in images.values()]))
+        network, transform = dsmim.load(run_dir)
+        batch = torch.stack([transform(image) for image in images.values()])
+        model.head.fc.bias -= network(batch).mean(dim=0)  # random weights give all images nearly the same logits
+        model.head.fc.weight *= 100
+        model.head.fc.bias *= 100
+        shutil.rmtree(run_dir)
+        logits = dsmim.load(run_directory(run_dir, tree, model)).model(batch)
     assert len(set(logits.argmax(dim=1).tolist())) > 1  # or the tests say little
     return Home(run_dir, folder, images, labels, logits)
 
@@ -59,7 +65,7 @@ def assert_those(found, home: Home) -> None:
     """The predictions for the validation samples: every class, in the order of its probability."""
     values, classes = home.logits.double().softmax(dim=1).topk(3)
     assert torch.equal(found.classes, classes)
-    torch.testing.assert_close(found.probabilities, values, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.probabilities, values, rtol=0, atol=1e-3)  # another batch size
     assert found.names == NAMES and found.undecodable == 0
 
 
@@ -118,7 +124,7 @@ def test_the_command_gives_one_table_at_any_world_size(home, tmp_path):
     for number in (0, 1, 2, *range(4, 13)):
         assert [int(found[number][2]), int(found[number][5])] == classes[number].tolist()
         assert [found[number][3], found[number][6]] == [NAMES[label] for label in classes[number]]
-        assert float(found[number][4]) == pytest.approx(shares[number, 0].item(), abs=2e-6)
+        assert float(found[number][4]) == pytest.approx(shares[number, 0].item(), abs=1e-3)
 
 
 def test_parquet(home, tmp_path):
