@@ -43,6 +43,11 @@ def hidden(drawing: Drawing) -> torch.Tensor:
     return (drawing.masked != drawing.image).any(dim=0)
 
 
+def assert_same_pixels(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Up to the last digit: a batch of another size adds up in another order."""
+    assert (one.int() - other.int()).abs().max() <= 1
+
+
 def test_pixels_survive_normalisation():
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, -1, -1)
     assert torch.equal(denormalise(normalise(pixels)), pixels)
@@ -73,7 +78,7 @@ def test_hidden_pixels_are_the_network_s(home):
         with torch.no_grad():
             answer = home.model.reconstruct(image, tokens[None])
         wanted = denormalise(home.model.undo_target(answer, image))[0]
-        assert torch.equal(drawing.reconstruction[:, mask], wanted[:, mask])
+        assert_same_pixels(drawing.reconstruction[:, mask], wanted[:, mask])
 
 
 def test_masks_are_those_of_validation(home):
@@ -96,7 +101,7 @@ def test_files_have_a_mask_of_their_name(home, tmp_path):
     assert len(first[2]) == 1 and "broken.png: cannot be decoded" in first[2][0]
     assert all(torch.equal(a.masked, b.masked) for a, b in zip(first[0], again[0], strict=True))
     sample = reconstruct(home.run_dir, [], [], count=4)[0][3]  # the same image and key in a shard
-    assert torch.equal(first[0][0].reconstruction, sample.reconstruction)
+    assert_same_pixels(first[0][0].reconstruction, sample.reconstruction)
     assert not torch.equal(first[0][1].masked, sample.masked)
 
 

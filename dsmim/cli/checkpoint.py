@@ -31,9 +31,9 @@ def add_export(commands) -> None:
     export.add_argument("out", type=Path, help="the file to write: .safetensors or .pth")
 
 
-def add_checkpoint(parser: argparse.ArgumentParser, name: str = "checkpoint") -> None:
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Add the argument that names a checkpoint, and the choice of its weights."""
-    parser.add_argument(name, type=Path, help="a checkpoint, or a run directory (its newest valid checkpoint)")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory (its newest valid checkpoint)")
     parser.add_argument("--ema", action="store_true", help="use the moving average of the weights (optim.ema_decay)")
 
 

@@ -19,7 +19,7 @@ def add_predict(commands) -> None:
     """Add the command `dsmim predict`."""
     about = "Classify images, with or without labels, into a table: the same at any world size"
     predict = command(commands, "predict", about, run_predict)
-    add_checkpoint(predict, "run")
+    add_checkpoint(predict)
     _add_images(predict, "+", "")
     predict.add_argument("--out", type=Path, required=True, help="the table to write: .csv, or .parquet with pyarrow")
     predict.add_argument("--top", type=count, default=5, metavar="K", help="most probable classes of each (default: 5)")
@@ -31,7 +31,7 @@ def add_reconstruct(commands) -> None:
     """Add the command `dsmim reconstruct`."""
     about = "Draw images, their hidden parts, and what a SimMIM run makes of these"
     reconstruct = command(commands, "reconstruct", about, _reconstruct)
-    add_checkpoint(reconstruct, "run")
+    add_checkpoint(reconstruct)
     _add_images(reconstruct, "*", " (default: the run's data.val)")
     reconstruct.add_argument("--out", type=Path, required=True, help="a picture (.png) or a page (.html)")
     more = f"draw the first N images (default: {DRAWN}, or as many as are given by name)"
@@ -52,7 +52,9 @@ def run_predict(options: argparse.Namespace) -> None:
     if not images:
         raise ValueError("predict: no images given; give image files, folders, or shards (.tar)")
     check_output(options.out)
-    found = predict(options.run, images, overrides, options.top, "ema" if options.ema else "fp32", options.classes)
+    found = predict(
+        options.checkpoint, images, overrides, options.top, "ema" if options.ema else "fp32", options.classes
+    )
     if not is_first(os.environ):
         return
     write_predictions(found, options.out)
@@ -68,10 +70,10 @@ def _reconstruct(options: argparse.Namespace) -> None:
     check_output(options.out)
     images, overrides = _divided(options)
     which, wanted = "ema" if options.ema else "fp32", options.count or max(DRAWN, len(images))
-    drawings, there, faults = reconstruct(options.run, images, overrides, wanted, which)
+    drawings, there, faults = reconstruct(options.checkpoint, images, overrides, wanted, which)
     for fault in faults:
         print(f"undecodable image left out: {fault}", file=sys.stderr)
-    save(drawings, options.out, f"Reconstructions by {options.run}")
+    save(drawings, options.out, f"Reconstructions by {options.checkpoint}")
     print(f"{options.out}: {len(drawings)} of {there} images" + (", more by --count N" if wanted < there else ""))
 
 
