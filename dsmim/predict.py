@@ -75,9 +75,7 @@ def _most_probable(trained: Trained, top: int, runtime: Runtime) -> tuple[torch.
     probabilities = torch.full((len(trained.data), top), torch.nan, dtype=torch.float64)
     own = []
     for batch in evaluation_batches(trained.model, trained.data, trained.recipe, runtime, Interrupt()):
-        found = (
-            trained.task.logits(trained.model, batch).double().softmax(dim=-1).topk(top)
-        )  # values and indices (B, top)
+        found = trained.task.logits(trained.model, batch).double().softmax(dim=-1).topk(top)  # two tensors (B, top)
         seen = batch["weight"] > 0  # neither padding nor undecodable
         own.append([tensor[seen].cpu() for tensor in (batch["number"], found.indices, found.values)])
     for numbers, indices, values in (part for parts in runtime.gather(own) for part in parts):
@@ -112,14 +110,13 @@ def _columns(found: Predictions) -> Iterator[tuple[str, list[Any]]]:
     yield "image", [image for _, image in found.images]
     if any(shard for shard, _ in found.images):
         yield "shard", [shard for shard, _ in found.images]
-    for rank in range(found.classes.shape[1]):
-        numbers = [number if number >= 0 else None for number in found.classes[:, rank].tolist()]
-        shares = found.probabilities[:, rank].tolist()
-        yield f"class_{rank + 1}", numbers
+    for place in range(found.classes.shape[1]):
+        numbers = [number if number >= 0 else None for number in found.classes[:, place].tolist()]
+        pairs = zip(numbers, found.probabilities[:, place].tolist(), strict=True)
+        yield f"class_{place + 1}", numbers
         if any(found.names):
-            yield f"name_{rank + 1}", [None if number is None else found.names[number] for number in numbers]
-        pairs = zip(numbers, shares, strict=True)
-        yield f"probability_{rank + 1}", [None if number is None else share for number, share in pairs]
+            yield f"name_{place + 1}", [None if number is None else found.names[number] for number in numbers]
+        yield f"probability_{place + 1}", [None if number is None else share for number, share in pairs]
 
 
 def _write_csv(columns: dict[str, list[Any]], buffer: io.BytesIO) -> None:
@@ -135,4 +132,10 @@ def _write_parquet(columns: dict[str, list[Any]], buffer: io.BytesIO) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
+    readable = {name: [_utf8(value) for value in values] for name, values in columns.items()}
+    pyarrow.parquet.write_table(pyarrow.table(readable), buffer)
+
+
+def _utf8(value: Any) -> Any:
+    """Return a value that Parquet can hold: bytes of a file name that are no UTF-8 become question marks."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
