@@ -145,7 +145,7 @@ def test_parquet(home, tmp_path):
         ),
         ({"inputs": ["{home}/val-000.tar", "{home}/run"]}, "/val-000.tar a shard; give one kind at a time"),
         ({"names": ["a", "b", "c", "d"]}, "names.json: lists 4 classes, the model has 3; give the list of the shards"),
-        ({"names": {"0": "a"}}, "names.json: is not a JSON list of class names"),
+        ({"names": {"0": "a"}}, "names.json: its 1 classes are not numbered from 0 to 0"),
         ({"overrides": ["data.worker=0"]}, "data.worker: unknown key; did you mean workers?"),
     ],
 )

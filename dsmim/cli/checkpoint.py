@@ -39,7 +39,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def add_classes(parser: argparse.ArgumentParser) -> None:
     """Add the option that names the classes."""
-    about = "JSON list of the classes' names (default: classes.json beside the training shards)"
+    about = "list of the classes' names, JSON or lines of text (default: classes.json beside the training shards)"
     parser.add_argument("--classes", type=Path, metavar="FILE", help=about)
 
 
