@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +27,52 @@ from dsmim.tasks.base import Batch
 from dsmim.weights.match import State, complete
 
 
-def evaluate(path: Path, overrides: list[str], which: str = "fp32") -> dict[str, Any]:
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint's network on every rank, and the samples that it is to see."""
+
+    source: str
+    """The checkpoint."""
+    recipe: Recipe
+    task: Task
+    model: _Autocast
+    """Whole on every rank, without DeepSpeed, for checkpoints of any ZeRO stage."""
+    data: EvalDataset
+
+
+def evaluate(
+    path: Path, overrides: list[str], which: str = "fp32", task_of: Callable[[Recipe], Task] = build_task
+) -> dict[str, Any]:
     """Measure a checkpoint, or a run's newest valid one, on data.val. Every rank calls it and gets the figures.
 
-    which: "fp32" for the weights, "ema" for their moving average. Every rank holds the whole model, without DeepSpeed,
-    for checkpoints of any ZeRO stage. Raises ValueError for what a user can fix.
+    which: "fp32" for the weights, "ema" for their moving average. task_of: what is measured, such as PerClass of
+    tasks/per_class.py. Raises ValueError for what a user can fix.
     """
-    with joined(*_limits(path, overrides)) as runtime:
-        found = runtime.on_rank_zero(lambda: str(reading.locate(path)))
-        with runtime.all_or_none():
-            recipe = recipe_of(Path(found), overrides)
-            task = build_task(recipe)
-            data = open_validation(recipe, task, runtime)
-            state = weights_for(task, Path(found), which) if runtime.is_rank_zero else None
-        construct(task.model, task.fill(state), {}, 0, runtime)
-        del state
-        runtime.broadcast(task.model)
-        model = _Autocast(task.model, recipe, runtime)
-        figures = validate(model, task, data, recipe, runtime, Interrupt())
+    with joined(*limits_of(path, overrides)) as runtime:
+        trained = open_trained(path, overrides, which, runtime, task_of, open_validation)
+        figures = validate(trained.model, trained.task, trained.data, trained.recipe, runtime, Interrupt())
         assert figures is not None  # nothing asks this Interrupt to stop: an evaluation has nothing to save
-        return {"checkpoint": found, "data": recipe.data.val, **figures}
+        return {"checkpoint": trained.source, "data": trained.recipe.data.val, **figures}
 
 
-def _limits(path: Path, overrides: list[str]) -> tuple[float, ...]:
+def open_trained(
+    path: Path, overrides: list[str], which: str, runtime: Runtime, task_of: Callable[[Recipe], Task],
+    open_data: Callable[[Recipe, Task, Runtime], EvalDataset],
+) -> Trained:  # fmt: skip
+    """Read a checkpoint, or a run's newest valid one, and open samples for it. Collective; rank 0 reads the weights."""
+    found = runtime.on_rank_zero(lambda: str(reading.locate(path)))
+    with runtime.all_or_none():
+        recipe = recipe_of(Path(found), overrides)
+        task = task_of(recipe)
+        data = open_data(recipe, task, runtime)
+        state = weights_for(task, Path(found), which) if runtime.is_rank_zero else None
+    construct(task.model, task.fill(state), {}, 0, runtime)
+    del state
+    runtime.broadcast(task.model)
+    return Trained(found, recipe, task, _Autocast(task.model, recipe, runtime), data)
+
+
+def limits_of(path: Path, overrides: list[str]) -> tuple[float, ...]:
     """Return engine.timeout_minutes and log.low_memory of the newest checkpoint's recipe, nothing if it has none.
 
     They count from the start, because ranks wait while rank 0 compares a whole checkpoint with its digests.
@@ -90,23 +115,36 @@ def validate(
 
     model: the engine, or a module.
     """
+    total = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    for batch in evaluation_batches(model, data, recipe, runtime, interrupt):
+        if batch is None:
+            return None
+        total = total + task.validation_sums(model, batch)
+    figures = task.metrics(runtime.sum(total))
+    missing = len(data) - figures["samples"]
+    return figures | ({"undecodable": missing} if missing else {})
+
+
+def evaluation_batches(
+    model: Any, data: EvalDataset, recipe: Recipe, runtime: Runtime, interrupt: Interrupt
+) -> Iterator[Batch | None]:
+    """Yield this rank's batches, on its device, with the model in evaluation mode. Collective: ranks get equally many,
+    and each sample has weight 1 on exactly one rank. When a rank was asked to stop, yield None and end."""
     model.eval()
     pin = runtime.device.type == "cuda"
     workers = min(recipe.data.workers, 4)
     loader = eval_loader(data, recipe.batch.eval_batch, runtime.world_size, runtime.rank, workers, pin)
-    total, batches = torch.zeros((), dtype=torch.float64, device=runtime.device), iter(loader)
+    batches = iter(loader)
     for number in range(len(loader)):
         runtime.phase("waiting for validation data, batch", number)
         batch = interrupt.fetch(batches)
         runtime.phase("validation, batch", number)
         if runtime.any(interrupt.reason is not None)[0]:
-            return None
+            yield None
+            return
         for fault in batch["undecodable"]:
             print(f"undecodable image left out of the evaluation: {fault}", file=sys.stderr, flush=True)
-        total = total + task.validation_sums(model, to_device(batch, runtime.device))
-    figures = task.metrics(runtime.sum(total))
-    missing = len(data) - figures["samples"]
-    return figures | ({"undecodable": missing} if missing else {})
+        yield to_device(batch, runtime.device)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -15,6 +15,8 @@ SHORT = (
 TEXT = (ROOT / "README.md").read_text()
 DATA = (ROOT / "docs/data.md").read_text()
 MODELS = (ROOT / "docs/models.md").read_text()
+PYTHON = (ROOT / "docs/python.md").read_text()
+OWN = (ROOT / "docs/own_data.md").read_text()
 
 
 def commands(text: str) -> list[str]:
@@ -36,7 +38,7 @@ def home(tmp_path_factory) -> Path:
 
 
 def test_the_readme_shows_the_commands():
-    assert len(LINES) == 13 and all(line.split()[0] in ("dsmim", "deepspeed", "torchrun", "mpirun") for line in LINES)
+    assert len(LINES) == 15 and all(line.split()[0] in ("dsmim", "deepspeed", "torchrun", "mpirun") for line in LINES)
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -78,12 +80,38 @@ def test_the_library_example(home):
     assert done.stdout.splitlines()[-1] == "(1, 2) True" and "step 2/2" in done.stderr + done.stdout
 
 
+def test_the_python_page_s_examples(home):
+    """In one process and in order, after the commands, whose runs they use."""
+    code = "".join(re.findall(r"```python\n(.*?)```", PYTHON, re.S)) + (
+        "\nprint(tuple(pooled.shape), tuple(feature_map.shape), tuple(drawn.shape))"
+    )
+    lines = run("python", "-c", code, cwd=home).stdout.splitlines()
+    assert [line.split()[0] for line in lines[:10]] == sorted(f"my_images/cat/{n}.jpg" for n in range(1, 20, 2))
+    assert {line.split()[1] for line in lines[:10]} <= {"cat", "dog"}
+    assert lines[10:] == ["(1, 256) (1, 256, 3, 3) (3, 96, 96)"] and (home / "reconstruction.png").exists()
+
+
+def test_the_own_data_page_s_commands(home, tmp_path):
+    """In order, in a folder of their own (training cut to two steps)."""
+    (tmp_path / "my_images").symlink_to(home / "my_images")
+    assert len(commands(OWN)) == 6
+    for line in commands(OWN):
+        words = shlex.split(line)
+        run(*words, *(shlex.split(SHORT) if "train" in words else []), cwd=tmp_path)
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 21
+    assert (tmp_path / "confusion.csv").read_text().splitlines()[0] == "label \\ prediction,cat,dog"
+
+
 def test_named_files_and_recipes_exist():
     from dsmim.recipe.reading import shipped_recipes
 
-    for name in re.findall(r"\]\(([\w./]+)\)", TEXT) + re.findall(r"(?:tests|benchmarks)/[\w/]+\.py", MODELS):
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for page in pages:
+        for name in re.findall(r"\]\(([\w./]+)(?:#[\w-]+)?\)", page.read_text()):
+            assert (page.parent / name).exists(), (page.name, name)
+    for name in re.findall(r"(?:tests|benchmarks)/[\w/]+\.py", MODELS):
         assert (ROOT / name).exists(), name
-    for name in re.findall(r"`((?:simmim|demo)_\w+)`", TEXT):
+    for name in re.findall(r"`((?:simmim|demo|finetune)_\w+)`", TEXT + OWN):
         assert name in shipped_recipes(), name
 
 

@@ -12,6 +12,7 @@ import sys
 from dsmim import __version__
 from dsmim.cli.checkpoint import add_evaluate, add_export, run_evaluate
 from dsmim.cli.ending import end
+from dsmim.cli.images import add_predict, add_reconstruct, run_predict
 from dsmim.cli.recipe import add_recipes, add_samples
 from dsmim.cli.shards import add_shards
 from dsmim.cli.submit import add_submit
@@ -19,7 +20,7 @@ from dsmim.cli.train import add_train, run_train
 from dsmim.cli.words import add_local_rank
 from dsmim.health.outcome import COMPLETE
 
-RANK_COMMANDS = (run_train, run_evaluate)
+RANK_COMMANDS = (run_train, run_evaluate, run_predict)
 """The commands that every rank of a job runs."""
 
 
@@ -56,14 +57,18 @@ def _encode_any(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Parse the command line. argparse takes key=value only directly after the recipe; here it may follow options."""
+    """Parse the command line. argparse takes key=value only directly after the recipe, and images only directly after
+    the run; here they may follow options."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    unknown = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]
-    if unknown:
+    images = [word for word in rest if hasattr(options, "images") and not word.startswith("-")]
+    overrides = [word for word in rest if hasattr(options, "overrides") and "=" in word and not word.startswith("-")]
+    if unknown := [word for word in rest if word not in images and word not in overrides]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if rest:
-        options.overrides = [*options.overrides, *rest]
+    if images:
+        options.images = [*options.images, *images]
+    elif overrides:
+        options.overrides = [*options.overrides, *overrides]
     return options
 
 
@@ -78,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     add_samples(commands)
     add_train(commands)
     add_evaluate(commands)
+    add_predict(commands)
+    add_reconstruct(commands)
     add_submit(commands)
     add_export(commands)
     add_recipes(commands)

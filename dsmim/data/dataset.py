@@ -64,7 +64,8 @@ class TarDataset(Dataset):
 
 class EvalDataset(Dataset):
     """Every sample once, in the order of the shards; a sample's random stream depends on its key alone. An undecodable
-    image does not count: it becomes a blank image with weight 0, and `undecodable` has the fault."""
+    image does not count: it becomes a blank image with weight 0, and `undecodable` has the fault. `number` counts the
+    samples from 0. classes: None when samples need no label."""
 
     def __init__(self, reader: ShardReader, transform: SampleTransform, classes: int | None):
         self.reader, self.transform, self.classes = reader, transform, classes
@@ -82,18 +83,33 @@ class EvalDataset(Dataset):
         with own_stream():
             return [self._sample(*item) for item in items]
 
+    def name(self, sample: int) -> tuple[str, str]:
+        """Return the shard's path and the key of a sample."""
+        shard, row = self._place(sample)
+        return self.reader.shards[shard].tar, self.reader.table(shard).keys[row]
+
     def _sample(self, sample: int, weight: float) -> dict[str, Any]:
-        shard = int(np.searchsorted(self.ends, sample, side="right"))
-        row = sample - int(self.ends[shard]) + self.reader.shards[shard].samples
+        try:
+            tensors = self._load(sample)
+        except Undecodable as fault:
+            blank = {"key": str(sample), **self.transform(_BLANK, None if self.classes is None else 0)}
+            # padding is not reported
+            tensors, weight, faults = blank, 0.0, [str(fault)] if weight else []
+        else:
+            faults = []
+        return tensors | {"number": sample, "weight": weight, "undecodable": faults}
+
+    def _load(self, sample: int) -> dict[str, Any]:
+        shard, row = self._place(sample)
         if shard != self._shard:
             self._shard = shard
             self.reader.prefetch(range(shard, min(shard + PREFETCH, len(self.ends))))
-        try:
-            tensors = load_sample(self.reader, shard, row, self.classes, self.transform, None)
-        except Undecodable as fault:
-            blank = {"key": str(row), **self.transform(_BLANK, 0)}
-            return blank | {"weight": 0.0, "undecodable": [str(fault)] if weight else []}  # padding is not reported
-        return tensors | {"weight": weight, "undecodable": []}
+        return load_sample(self.reader, shard, row, self.classes, self.transform, None)
+
+    def _place(self, sample: int) -> tuple[int, int]:
+        """Return a sample's shard and row."""
+        shard = int(np.searchsorted(self.ends, sample, side="right"))
+        return shard, sample - int(self.ends[shard]) + self.reader.shards[shard].samples
 
 
 def load_sample(

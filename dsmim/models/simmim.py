@@ -73,6 +73,17 @@ class SimMIM(nn.Module):
         images = images.float()
         return images if self.target_window is None else sliding_norm(images, self.target_window)
 
+    def undo_target(self, prediction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Return what `target` maps to the prediction, (B, C, H, W): normalised pixels.
+
+        images (B, C, H, W): the originals, normalised. If the target is normalised, the mean and deviation of their
+        windows scale the prediction back, so the result shows what the model adds to these.
+        """
+        if self.target_window is None:
+            return prediction
+        mean, deviation = sliding_statistics(images.float(), self.target_window)
+        return prediction * deviation + mean
+
     def hidden_pixels(self, mask: torch.Tensor) -> torch.Tensor:
         """Return a token mask (B, h, w) as a pixel mask (B, 1, H, W)."""
         return mask.repeat_interleave(self.patch, 1).repeat_interleave(self.patch, 2).unsqueeze(1)

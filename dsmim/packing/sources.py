@@ -16,7 +16,7 @@ from dsmim.packing.files import NAMED, ImageFile, Stamp, extension, some, stamp_
 from dsmim.packing.folders import doubts, read_folder
 from dsmim.packing.tables import read_table
 from dsmim.shards.extensions import LOOKED_FOR
-from dsmim.shards.opening import open_shards
+from dsmim.shards.opening import names_shards, open_shards
 from dsmim.shards.remote import is_remote
 from dsmim.shards.tally import Tally
 from dsmim.shards.tar import NO_LABEL, read_sample
@@ -97,7 +97,7 @@ def read_sources(
     wrong.
     """
     source = os.path.expanduser(source)  # noqa: PTH111 - a pattern is no Path, and ~name may be a file
-    if _is_tars(source):
+    if names_shards(source):
         if known or numeric:
             raise ValueError("--classes and --numeric-classes have no effect on tars, whose samples keep their labels")
         found = _from_tars(source, index_dir)
@@ -160,11 +160,6 @@ def split_sources(sources: list[Source], splits: dict[str, float], seed: int | N
             raise ValueError(f"--split: {name}={share:g} of {len(mixed)} images is none")
         parts[name], begin = mixed[begin:end], end
     return parts
-
-
-def _is_tars(source: str) -> bool:
-    folder = Path(source)
-    return is_remote(source) or source.endswith(".tar") or (folder.is_dir() and any(folder.glob("*.tar")))
 
 
 def _name(source: Source) -> str:

@@ -51,6 +51,12 @@ def expand(patterns: str | list[str], what: str = "data", allow_pipe: bool = Fal
     return paths
 
 
+def names_shards(text: str) -> bool:
+    """Return whether a word of the command line means shards: a tar, a pattern of tars, a URL, or a folder of tars."""
+    folder = Path(text)
+    return is_remote(text) or text.endswith(".tar") or (folder.is_dir() and any(folder.glob("*.tar")))
+
+
 def open_shards(
     patterns: str | list[str],
     index_dir: str | None = None,

@@ -47,10 +47,16 @@ class Classify(Task):
         logits = forward(images).float()  # (B, classes)
         return -(targets * F.log_softmax(logits, dim=-1)).sum(dim=-1).mean()
 
+    def logits(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """Return (B, classes) in fp32 for images that were not mixed."""
+        return forward(self.normalise(batch["image"])).float()
+
     def validation_sums(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Return (3,) float64: weighted sums of cross entropy (hard labels), right answers and samples."""
-        labels, weight = batch["label"], batch["weight"].double()
-        logits = forward(self.normalise(batch["image"])).float()  # (B, classes)
+        return self.sums(self.logits(forward, batch), batch["label"], batch["weight"].double())
+
+    def sums(self, logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return the sums of validation_sums for logits (B, classes), labels (B,) and weights (B,)."""
         losses = F.cross_entropy(logits, labels, reduction="none").double()  # (B,)
         right = (logits.argmax(dim=-1) == labels).double()
         return torch.stack([(losses * weight).sum(), (right * weight).sum(), weight.sum()])

@@ -50,6 +50,15 @@ class MaskedImageModelling(Task):
         values = self.model.hidden_pixels(mask).sum(dim=(1, 2, 3)) * images.shape[1]  # (B,)
         return torch.stack([(errors * weight).sum(), (values * weight).sum(), weight.sum()])
 
+    @torch.no_grad()
+    def reconstruction(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the images with their hidden pixels predicted, (B, C, H, W) uint8, and what is hidden, (B, 1, H, W)
+        bool. A normalised target is undone, see SimMIM.undo_target."""
+        images, mask = self.normalise(batch["image"]), batch["mask"]
+        prediction = self.model.undo_target(self.model.reconstruct(images, mask).float(), images)
+        hidden = self.model.hidden_pixels(mask)
+        return torch.where(hidden, self.normalise.undo(prediction), batch["image"]), hidden
+
     def metrics(self, sums: torch.Tensor) -> dict[str, float]:
         """Return the mean absolute error of a hidden value, NaN if nothing is hidden, and the number of samples."""
         error, values, samples = sums.tolist()

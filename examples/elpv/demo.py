@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from baseline import accuracies
-from picture import draw
 from prepare import CLASSES, LICENCE, prepare
 
 DATA, RUNS = Path("data/elpv"), Path("runs/demo")
@@ -41,7 +40,8 @@ def main() -> None:
     clock.run("from_scratch", lambda: train("demo_finetune", "from_scratch"))
     tuned, scratch = clock.run("evaluate", lambda: [evaluate(name) for name in ("finetune", "from_scratch")])
     baseline = clock.run("baseline", lambda: accuracies(DATA))
-    clock.run("picture", lambda: draw(RUNS / "pretrain", RUNS / "reconstruction.png"))
+    picture = RUNS / "reconstruction.png"
+    clock.run("picture", lambda: run(BIN / "dsmim", "reconstruct", RUNS / "pretrain", "--out", picture))
     state = json.loads(next((RUNS / "pretrain/checkpoints").glob("step_*/state.json")).read_text())
     summary = {
         "zero_stage": state["zero_stage"],

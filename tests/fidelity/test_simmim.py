@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from dsmim.data.masking import RandomMask
-from dsmim.data.transforms import normalise
+from dsmim.data.normalisation import IMAGENET as normalise
 from dsmim.models import SimMIM, create_model
 from tests.models.networks import perturbed
 
