@@ -7,13 +7,14 @@ import io
 import os
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dsmim.data.order import permutation
+from dsmim.shards.extensions import is_image
 from dsmim.shards.opening import open_shards
 from dsmim.shards.remote import is_remote
-from dsmim.shards.tar import is_image, read_sample
+from dsmim.shards.tar import Link, read_sample
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,12 @@ class TarSource:
     key: str
     offset: int
     length: int
+    links: tuple[Link, ...] = field(default=(), repr=False)
 
     def members(self) -> dict[str, bytes]:
         """Return extension → bytes. Raises ValueError when the tar has changed since it was indexed."""
         with Path(self.tar).open("rb") as file:
-            key, members = read_sample(file, self.offset, self.length)
+            key, members = read_sample(file, self.offset, self.length, self.links)
         if key != self.key:
             fix = f"run: dsmim shards index --force {shlex.quote(self.tar)}"
             raise ValueError(f"{self.tar}: has changed since it was indexed; {fix}")
@@ -131,7 +133,7 @@ def _from_tars(source: str, index_dir: str | None) -> list[Source]:
     sources: list[Source] = []
     for index in open_shards(source, index_dir, str(source)):
         table = index.table()
-        sources += [TarSource(index.tar, key, *table.place(row)) for row, key in enumerate(table.keys)]
+        sources += [TarSource(index.tar, key, *table.whole(row)) for row, key in enumerate(table.keys)]
     return sources
 
 

@@ -8,11 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dsmim.shards.index import describe_tar, index_file, read_index
+from dsmim.shards.extensions import is_image
+from dsmim.shards.index import describe_tar, index_file, read_index, stored_format
 from dsmim.shards.opening import expand, local_copy
 from dsmim.shards.parallel import parallel
 from dsmim.shards.remote import is_remote
-from dsmim.shards.tar import NO_LABEL, Sample, is_image, read_sample
+from dsmim.shards.sample_format import NO_LABEL, SampleFormat
+from dsmim.shards.scan import Sample
+from dsmim.shards.table import Table
+from dsmim.shards.tar import read_sample
 
 
 def verify_all(
@@ -46,10 +50,11 @@ def verify_shard(tar: str, index_dir: str | None = None, decode_images: bool = F
         index, problems = None, [str(error)]
     try:
         with local_copy(tar) as path:
-            samples, _, digest = describe_tar(path, tar)
-            if index and digest != index.sha256:
+            described = describe_tar(path, tar, SampleFormat(image_key=stored_format(tar, index_dir).get("image_key")))
+            samples = described.contents.samples
+            if index and described.sha256 != index.sha256:
                 problems.append(f"{tar}: contents differ from what was indexed ({index_file(tar, index_dir)})")
-            problems += _unlabelled(tar, samples)
+            problems += _unlabelled(tar, index.table() if index else None, samples)
             if decode_images:
                 with path.open("rb") as file:
                     problems += [line for sample in samples for line in _undecodable(tar, file, sample)]
@@ -58,18 +63,21 @@ def verify_shard(tar: str, index_dir: str | None = None, decode_images: bool = F
     return problems
 
 
-def _unlabelled(tar: str, samples: list[Sample]) -> list[str]:
-    """Report labels that only a part of the samples has; a shard without labels is for pre-training."""
-    missing = [sample.key for sample in samples if sample.label == NO_LABEL]
-    if not missing or len(missing) == len(samples):
+def _unlabelled(tar: str, table: Table | None, samples: list[Sample]) -> list[str]:
+    """Report labels that only a part of the samples has; a shard without labels is for pre-training. They are those of
+    the index, which may come from elsewhere than KEY.cls."""
+    rows = zip(table.keys, table.labels, strict=True) if table else ((s.key, s.label) for s in samples)
+    missing = [key for key, label in rows if label == NO_LABEL]
+    total = len(table.keys) if table else len(samples)
+    if not missing or len(missing) == total:
         return []
-    return [f"{tar}: {len(missing)} of {len(samples)} samples have no class number (KEY.cls), the first {missing[0]}"]
+    return [f"{tar}: {len(missing)} of {total} samples have no class number (KEY.cls), the first {missing[0]}"]
 
 
 def _undecodable(tar: str, file: Any, sample: Sample) -> list[str]:
     from dsmim.data.decode import Undecodable, decode  # imports torch, which only this check needs
 
-    key, members = read_sample(file, sample.offset, sample.length)
+    key, members = read_sample(file, sample.offset, sample.length, sample.links)
     problems = []
     for extension, data in members.items():
         if is_image(extension):

@@ -20,11 +20,11 @@ from PIL import Image
 
 from dsmim.packing.sources import Source
 from dsmim.shards.atomic import partial_file, remove_leftovers, write_atomically
+from dsmim.shards.extensions import is_image
 from dsmim.shards.index import ShardIndex, describe_tar, index_file, read_index, write_sidecar
 from dsmim.shards.locks import locked
 from dsmim.shards.parallel import parallel
 from dsmim.shards.pixels import open_rgb
-from dsmim.shards.tar import is_image
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def test_two_ranks_train_as_from_disk_and_download_each_shard_once(server, shard
 def test_an_index_beside_a_remote_shard_saves_reading_the_shard(server, shards, tmp_path):
     for tar in shards.glob("train-*.tar"):
         server.add(f"/{tar.name}.dsmi", (tar.parent / f"{tar.name}.dsmi").read_bytes())
-    indexes = index_all([urls(server)], str(tmp_path), workers=1)
+    indexes = index_all([urls(server)], str(tmp_path), workers=1).shards
     assert [index.samples for index in indexes] == [17, 3, 13, 11, 9]
     assert not any(server.gets[f"/train-{i:03d}.tar"] for i in range(5))
     assert verify_all([urls(server)], str(tmp_path), 1, True) == []
@@ -67,7 +67,7 @@ def test_a_web_page_in_place_of_an_index_is_ignored(server, tmp_path):
     """Some servers answer 200 and a page for a missing file."""
     for i in range(5):
         server.add(f"/train-{i:03d}.tar.dsmi", b"<html>not found</html>")
-    assert len(index_all([urls(server)], str(tmp_path), workers=1)) == 5
+    assert len(index_all([urls(server)], str(tmp_path), workers=1).shards) == 5
     assert all(server.gets[f"/train-{i:03d}.tar"] == 1 for i in range(5))
 
 

@@ -22,7 +22,8 @@ def test_shards_of_one_name_share_an_index_dir(tmp_path):
         make_shards(tmp_path / folder, [count])
     paths = [tmp_path / folder / "train-000.tar" for folder in ("train", "val")]
     indexes = index_all([str(path) for path in paths], str(tmp_path / "idx"), workers=1)
-    assert [read_index(path, tmp_path / "idx").samples for path in paths] == [3, 2] == [i.samples for i in indexes]
+    assert [read_index(path, tmp_path / "idx").samples for path in paths] == [3, 2]
+    assert [index.samples for index in indexes.shards] == [3, 2]
 
 
 def test_patterns(tmp_path):
