@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dsmim.checkpoint import reading, zero_shards
+from dsmim.data.checks import check_data
 from dsmim.data.dataset import EvalDataset
 from dsmim.data.from_recipe import open_reader, validation_shards
 from dsmim.data.loader import eval_loader
@@ -36,6 +37,7 @@ def evaluate(path: Path, overrides: list[str], which: str = "fp32") -> dict[str,
             recipe = recipe_of(Path(found), overrides)
             task = build_task(recipe)
             data = open_validation(recipe, task, runtime)
+            runtime.on_rank_zero(lambda: check_data(recipe, None, data.reader.shards))
             state = weights_for(task, Path(found), which) if runtime.is_rank_zero else None
         construct(task.model, task.fill(state), {}, 0, runtime)
         del state

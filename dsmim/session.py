@@ -11,6 +11,7 @@ import torch
 
 from dsmim.checkpoint.resume import resume_engine
 from dsmim.checkpoint.run_directory import RunDirectory
+from dsmim.data.checks import check_data
 from dsmim.data.dataset import EvalDataset, TarDataset
 from dsmim.data.from_recipe import open_reader, training_shards
 from dsmim.data.order import training_order
@@ -34,6 +35,8 @@ class RunData:
     validation: EvalDataset | None
     fingerprint: str
     """Identifies the training shards and their samples."""
+    notes: list[str]
+    """What the log should say about the samples."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,9 @@ def open_data(recipe: Recipe, runtime: Runtime) -> tuple[Task, RunData]:
         task = build_task(recipe)
         train = training_data(recipe, task, runtime)
         validation = open_validation(recipe, task, runtime) if recipe.data.val is not None else None
-    return task, RunData(train, validation, fingerprint(train.reader.shards))
+        shards = train.reader.shards, validation and validation.reader.shards
+        notes = runtime.on_rank_zero(lambda: check_data(recipe, *shards))
+    return task, RunData(train, validation, fingerprint(train.reader.shards), notes)
 
 
 def training_data(recipe: Recipe, task: Task, runtime: Runtime) -> TarDataset:
@@ -115,7 +120,7 @@ def open_run(recipe: Recipe, directory: RunDirectory, task: Task, data: RunData,
             directory.path, runtime.is_rank_zero, directory.step, steps.rate.total, recipe.log.tensorboard,
             directory.validation_due,
         )  # fmt: skip
-    for note in directory.notes:
+    for note in (*directory.notes, *data.notes):
         log.say(note)
     return Run(directory, steps, log)
 

@@ -51,6 +51,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{checkpoint}: is not a checkpoint of dsmim ({error})") from None
     if state.get("format") != STATE_FORMAT:
         raise ValueError(f"{checkpoint}: written in format {state.get('format')}, this dsmim reads {STATE_FORMAT}")
+    state.get("recipe", {}).get("data", {}).pop("allow_pipe", None)  # a file gives no permission to run commands
     return state
 
 

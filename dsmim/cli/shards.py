@@ -77,6 +77,7 @@ def _add_verify(commands) -> None:
     about = "Compare shards with their indexes, and name every problem and its place"
     verify = command(commands, "verify", about, _verify)
     verify.add_argument("--decode", action="store_true", help="decode every image too")
+    verify.add_argument("--max-pixels", type=count, metavar="N", help="with --decode: as data.max_pixels in a recipe")
     verify.add_argument(
         "--report",
         type=Path,
@@ -163,9 +164,16 @@ def _index(options) -> None:
 
 def _verify(options) -> int:
     from dsmim.packing.verify import verify_all
+    from dsmim.recipe.data import MAX_PIXELS
 
     problems = verify_all(
-        options.shards, options.index_dir, options.workers, options.decode, options.report, options.allow_pipe
+        options.shards,
+        options.index_dir,
+        options.workers,
+        options.decode,
+        options.report,
+        options.allow_pipe,
+        options.max_pixels or MAX_PIXELS,
     )
     for problem in problems:
         print(problem)

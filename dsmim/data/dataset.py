@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset, default_collate
 from torchvision.io import encode_png
 
-from dsmim.data.decode import Buffer, Undecodable
+from dsmim.data.decode import Buffer, Undecodable, pixel_limit
 from dsmim.data.order import Draw, Order, stream_key
 from dsmim.data.reader import DataError, ShardReader
 from dsmim.data.streams import own_stream, reseed
@@ -38,7 +38,7 @@ class TarDataset(Dataset):
 
     def __getitems__(self, positions: list[int]) -> list[dict[str, Any]]:
         """Return the samples of a micro batch, as DataLoader requests them."""
-        with own_stream():
+        with own_stream(), pixel_limit(self.reader.max_pixels):
             return [self._sample(position) for position in positions]
 
     def _sample(self, position: int) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class EvalDataset(Dataset):
 
     def __getitems__(self, items: list[tuple[int, float]]) -> list[dict[str, Any]]:
         """Return the samples of a batch of (sample number, weight), as DataLoader requests them."""
-        with own_stream():
+        with own_stream(), pixel_limit(self.reader.max_pixels):
             return [self._sample(*item) for item in items]
 
     def _sample(self, sample: int, weight: float) -> dict[str, Any]:

@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as TF
 
+from dsmim.recipe.data import MAX_PIXELS
 from dsmim.shards.pixels import open_rgb
 
-MAX_PIXELS = 89_478_485
-"""A larger image counts as a decompression bomb. It is Pillow's limit: 256 MiB as RGB. A file of a few kilobytes may
-claim more."""
 Buffer = bytes | bytearray | memoryview
 
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 # ITU T.81, table B.1: the markers of a frame header; C4, C8 and CC mean other things.
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+_limit = MAX_PIXELS
+
+
+@contextmanager
+def pixel_limit(pixels: int) -> Iterator[None]:
+    """Allow images of so many pixels within the block, in this process. Pillow's own limit is set too."""
+    global _limit
+    before = _limit, Image.MAX_IMAGE_PIXELS
+    _limit = Image.MAX_IMAGE_PIXELS = pixels
+    try:
+        yield
+    finally:
+        _limit, Image.MAX_IMAGE_PIXELS = before
 
 
 class Undecodable(ValueError):
@@ -33,7 +48,7 @@ def decode(data: Buffer) -> torch.Tensor:
     crashes the process on a damaged file, and its GIF decoder decodes every frame.) The bytes decide the format, not
     the name. 16-bit images are scaled to 8 bits; an animation gives its first frame; alpha is dropped and a palette is
     looked up as Pillow does; an EXIF orientation is not applied, as in torchvision's ImageFolder, with which the
-    published models were trained. Raises Undecodable with the decoder's message, and for more than MAX_PIXELS.
+    published models were trained. Raises Undecodable with the decoder's message, and for too many pixels.
     """
     image_size(data)
     if not (is_jpeg(data) or bytes(data[8:12]) == b"WEBP"):
@@ -46,7 +61,7 @@ def decode(data: Buffer) -> torch.Tensor:
 
 
 def image_size(data: Buffer) -> tuple[int, int]:
-    """Return (height, width) from the header. Raises Undecodable when there is none, and for more than MAX_PIXELS.
+    """Return (height, width) from the header. Raises Undecodable when there is none, and for too many pixels.
 
     The headers of JPEG and PNG are read here, because opening a file with Pillow takes a fiftieth of the time of
     decoding it.
@@ -59,8 +74,10 @@ def image_size(data: Buffer) -> tuple[int, int]:
     height, width = size or _size_by_pillow(data)
     if not height or not width:
         raise Undecodable(f"{width} × {height} pixels")
-    if width * height > MAX_PIXELS:
-        raise Undecodable(f"{width} × {height} pixels; more than {MAX_PIXELS} count as a decompression bomb")
+    if width * height > _limit:
+        raise Undecodable(
+            f"{width} × {height} pixels; more than {_limit} count as a decompression bomb (data.max_pixels)"
+        )
     return height, width
 
 

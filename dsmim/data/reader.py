@@ -8,6 +8,7 @@ import tarfile
 from collections import OrderedDict
 from collections.abc import Iterable
 
+from dsmim.recipe.data import MAX_PIXELS
 from dsmim.shards.cache import ShardCache
 from dsmim.shards.index import ShardIndex
 from dsmim.shards.remote import is_remote
@@ -30,7 +31,7 @@ class ShardReader:
     """Reads local shards in place, and remote ones through the cache.
 
     keep: number of shards whose descriptors and tables stay open, unless the process may not have so many. image_key:
-    extension of the images; None: as each shard was indexed.
+    extension of the images; None: as each shard was indexed. max_pixels: of an image that is decoded.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class ShardReader:
         cache: ShardCache | None = None,
         keep: int = OPEN_SHARDS,
         image_key: str | None = None,
+        max_pixels: int = MAX_PIXELS,
     ):
-        self.image_key = image_key
+        self.image_key, self.max_pixels = image_key, max_pixels
         self._files: OrderedDict[int, int] = OrderedDict()
         self._tables: OrderedDict[int, Table] = OrderedDict()
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2  # two per shard; half is for all else

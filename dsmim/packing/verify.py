@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dsmim.recipe.data import MAX_PIXELS
 from dsmim.shards.extensions import is_image
 from dsmim.shards.index import describe_tar, index_file, read_index, stored_format
 from dsmim.shards.opening import expand, local_copy
@@ -26,6 +27,7 @@ def verify_all(
     decode_images: bool,
     report: Path | None = None,
     allow_pipe: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> list[str]:
     """Check all shards; return one line per problem.
 
@@ -33,16 +35,23 @@ def verify_all(
     long as size and time of shard and index are the same. Raises ValueError when the file is no such report.
     """
     shards = expand(patterns, allow_pipe=allow_pipe)
-    known = _read_report(report, decode_images) if report and report.exists() else {}
+    known = _read_report(report, decode_images, max_pixels) if report and report.exists() else {}
     known = {tar: line for tar, line in known.items() if line["stamp"] == _stamp(tar, index_dir) and not is_remote(tar)}
     left = [tar for tar in shards if tar not in known]
-    work = partial(_verify_and_report, index_dir=index_dir, decode_images=decode_images, report=report)
+    work = partial(
+        _verify_and_report, index_dir=index_dir, decode_images=decode_images, report=report, max_pixels=max_pixels
+    )
     found = dict(zip(left, parallel(work, left, workers, "verify"), strict=True))
     return [line for tar in shards for line in (found[tar] if tar in found else known[tar]["problems"])]
 
 
-def verify_shard(tar: str, index_dir: str | None = None, decode_images: bool = False) -> list[str]:
-    """Check one shard: tar structure, index, digest, labels, with decode_images every image. Return its problems."""
+def verify_shard(
+    tar: str, index_dir: str | None = None, decode_images: bool = False, max_pixels: int = MAX_PIXELS
+) -> list[str]:
+    """Check one shard: tar structure, index, digest, labels, with decode_images every image. Return its problems.
+
+    max_pixels: an image with more counts as undecodable.
+    """
     problems = []
     try:
         index = read_index(tar, index_dir)
@@ -57,7 +66,7 @@ def verify_shard(tar: str, index_dir: str | None = None, decode_images: bool = F
             problems += _unlabelled(tar, index.table() if index else None, samples)
             if decode_images:
                 with path.open("rb") as file:
-                    problems += [line for sample in samples for line in _undecodable(tar, file, sample)]
+                    problems += [line for sample in samples for line in _undecodable(tar, file, sample, max_pixels)]
     except (ValueError, OSError) as error:
         problems.append(str(error))
     return problems
@@ -74,38 +83,44 @@ def _unlabelled(tar: str, table: Table | None, samples: list[Sample]) -> list[st
     return [f"{tar}: {len(missing)} of {total} samples have no class number (KEY.cls), the first {missing[0]}"]
 
 
-def _undecodable(tar: str, file: Any, sample: Sample) -> list[str]:
-    from dsmim.data.decode import Undecodable, decode  # imports torch, which only this check needs
+def _undecodable(tar: str, file: Any, sample: Sample, max_pixels: int) -> list[str]:
+    from dsmim.data.decode import Undecodable, decode, pixel_limit  # imports torch, which only this check needs
 
     key, members = read_sample(file, sample.offset, sample.length, sample.links)
     problems = []
     for extension, data in members.items():
         if is_image(extension):
             try:
-                decode(data)
+                with pixel_limit(max_pixels):
+                    decode(data)
             except Undecodable as error:
                 problems.append(f"{tar}: {key}.{extension} cannot be decoded: {error}")
     return problems
 
 
-def _verify_and_report(tar: str, index_dir: str | None, decode_images: bool, report: Path | None) -> list[str]:
+def _verify_and_report(
+    tar: str, index_dir: str | None, decode_images: bool, report: Path | None, max_pixels: int
+) -> list[str]:
     stamp = _stamp(tar, index_dir)
-    problems = verify_shard(tar, index_dir, decode_images)
+    problems = verify_shard(tar, index_dir, decode_images, max_pixels)
     if report:
         line = {"shard": tar, "stamp": stamp, "decoded": decode_images, "problems": problems}
+        line["max_pixels"] = max_pixels
         with report.open("ab", buffering=0) as file:  # one write per line, so that processes do not mix theirs
             file.write(json.dumps(line).encode() + b"\n")
     return problems
 
 
-def _read_report(report: Path, decode_images: bool) -> dict[str, dict]:
-    """Return shard → its line; a check without decoding does not count where decoding is asked for."""
+def _read_report(report: Path, decode_images: bool, max_pixels: int) -> dict[str, dict]:
+    """Return shard → its line; a check without decoding, or with another limit, does not count where decoding is asked
+    for."""
     whole, _, cut = report.read_bytes().rpartition(b"\n")
     if cut:  # the command was killed while it wrote
         os.truncate(report, len(whole) + 1 if whole else 0)
     try:
         lines = [json.loads(line) for line in whole.splitlines()]
-        return {line["shard"]: line for line in lines if line["decoded"] or not decode_images}
+        fits = {line["shard"]: line["decoded"] and line.get("max_pixels", MAX_PIXELS) == max_pixels for line in lines}
+        return {line["shard"]: line for line in lines if fits[line["shard"]] or not decode_images}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{report}: is no report of dsmim shards verify; name another file") from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import shlex
 from pathlib import Path
 
 from dsmim.shards.atomic import write_atomically
@@ -31,38 +31,24 @@ def read_names(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def number_names(words: set[str], numbers: int, folders: Iterable[Path]) -> tuple[str, ...]:
-    """Return the classes of words found in tars: those of the folders' classes.json, or else the sorted words, which
-    are then written to it.
-
-    numbers: how many labels are numbers. Raises ValueError when there are such too, or a classes.json does not list all
-    the words.
-    """
-    if numbers:
-        raise ValueError(
-            f"{numbers} labels are numbers and others are names, such as {min(words)!r}; give all names by --classes"
-        )
-    files = [folder / CLASSES for folder in folders]
-    for file in (file for file in files if file.exists()):
-        classes = read_names(file)
-        if missing := sorted(words - set(classes)):
-            raise ValueError(
-                f"{file}: does not list {len(missing)} of the classes, such as {missing[0]!r}; remove it and index all "
-                "shards again with --force, or give a list by --classes"
-            )
-        return classes
-    for file in files:
-        write_classes(file, sorted(words))
-    return tuple(sorted(words))
-
-
 def write_classes(path: Path, classes: list[str]) -> None:
     """Write the list of class names, one for all shards of the folder.
 
     Raises ValueError when the folder has another list, whose numbers mean other classes.
     """
-    if path.exists() and json.loads(path.read_text()) != classes:
-        raise ValueError(
-            f"{path}: lists other classes, with other numbers; build from a table of path,number or into another folder"
-        )
+    if path.exists() and (there := list(read_names(path))) != classes:
+        raise ValueError(f"{path}: {_difference(path, there, classes)}")
     write_atomically(path, (json.dumps(classes, indent=0) + "\n").encode())
+
+
+def _difference(path: Path, there: list[str], here: list[str]) -> str:
+    """Return how two lists differ, and the fix."""
+    lost, new = [[name for name in a if name not in set(b)] for a, b in ((there, here), (here, there))]
+    named = ", ".join((new or lost or here)[:10])
+    if new:
+        return (
+            f"does not list {len(new)} of the {len(here)} classes here ({named}), so numbers would mean other classes; "
+            "build into another folder, or leave these classes out"
+        )
+    what = f"{len(lost)} more classes ({named})" if lost else "the same classes with other numbers"
+    return f"lists {what}; to number these images by it, add: --classes {shlex.quote(str(path))}"

@@ -20,8 +20,8 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from dsmim.shards.atomic import remove_leftovers, write_atomically
-from dsmim.shards.classes import CLASSES, number_names
-from dsmim.shards.extensions import IMAGE_EXTENSIONS, is_image
+from dsmim.shards.classes import CLASSES
+from dsmim.shards.extensions import is_image
 from dsmim.shards.index import (
     SUFFIX,
     ShardIndex,
@@ -34,7 +34,7 @@ from dsmim.shards.index import (
 )
 from dsmim.shards.parallel import parallel
 from dsmim.shards.remote import check, download, fetch_small, is_remote
-from dsmim.shards.sample_format import DEFAULT, NO_LABEL, SampleFormat
+from dsmim.shards.sample_format import DEFAULT, NO_LABEL, SampleFormat, number_names
 from dsmim.shards.scan import Contents
 from dsmim.shards.subset import apply_subset
 
@@ -98,12 +98,11 @@ class Indexed:
         found, lines = self.found, []
         if self.form.labels or self.form.classes:
             lines.append(self._labels())
-        if found.left_out:
-            lines.append(f"{sum(times for times, _ in found.left_out.values())} files left out: {found.left_out}")
+        lines += found.left_out.line()
         if found.several:
             lines.append(
-                f"samples with several images: {found.several}; the first of {', '.join(IMAGE_EXTENSIONS)} is taken, "
-                "another one by --image-key EXTENSION"
+                f"samples with several images, of which one is taken: {found.several}; choose another by --image-key "
+                "EXTENSION"
             )
         if found.unread:
             lines.append(f"labels that are no class number: {found.unread}; names are numbered by --labels cls")

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dsmim.shards.classes import CLASSES, read_names, write_classes
 from dsmim.shards.extensions import IMAGE_EXTENSIONS
 from dsmim.shards.names import key_of
 
@@ -94,6 +95,31 @@ class SampleFormat:
 
 
 DEFAULT = SampleFormat()
+
+
+def number_names(words: set[str], numbers: int, folders: Iterable[Path]) -> tuple[str, ...]:
+    """Return the classes of words found in tars: those of the folders' classes.json, or else the sorted words, which
+    are then written to it.
+
+    numbers: how many labels are numbers. Raises ValueError when there are such too, or a classes.json does not list all
+    the words.
+    """
+    if numbers:
+        raise ValueError(
+            f"{numbers} labels are numbers and others are names, such as {min(words)!r}; give all names by --classes"
+        )
+    files = [folder / CLASSES for folder in folders]
+    for file in (file for file in files if file.exists()):
+        classes = read_names(file)
+        if missing := sorted(words - set(classes)):
+            raise ValueError(
+                f"{file}: does not list {len(missing)} of the classes, such as {missing[0]!r}; remove it and index all "
+                "shards again with --force, or give a list by --classes"
+            )
+        return classes
+    for file in files:
+        write_classes(file, sorted(words))
+    return tuple(sorted(words))
 
 
 def is_table(spec: str) -> bool:

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from dsmim.shards.extensions import IMAGE_EXTENSIONS
+from dsmim.shards.extensions import LOOKED_FOR, is_image
 from dsmim.shards.names import plain_key, split_member, why_no_member
 from dsmim.shards.sample_format import DEFAULT, NO_LABEL, SampleFormat
+from dsmim.shards.tally import Tally
 from dsmim.shards.tar import BLOCK, Link, linked_bytes
 
 # The first bytes of what people call .tar.
@@ -34,24 +35,6 @@ class Sample(NamedTuple):
     links: tuple[Link, ...] = ()
 
 
-class Tally(dict[str, tuple[int, str]]):
-    """How often each kind of thing was met, and the first of it."""
-
-    def count(self, kind: str, example: str, times: int = 1) -> None:
-        """Count one thing, or `times` of them."""
-        before, first = self.get(kind, (0, example))
-        self[kind] = before + times, first
-
-    def add(self, other: Tally) -> None:
-        """Add the counts of another tally."""
-        for kind, (times, example) in other.items():
-            self.count(kind, example, times)
-
-    def __str__(self) -> str:
-        kinds = sorted(self.items(), key=lambda item: -item[1][0])
-        return ", ".join(f"{kind} {times} ({example})" for kind, (times, example) in kinds[:8])
-
-
 @dataclass
 class Contents:
     """What a tar contains."""
@@ -60,7 +43,7 @@ class Contents:
     left_out: Tally = field(default_factory=Tally)
     """Files that belong to no sample, by extension or reason."""
     several: Tally = field(default_factory=Tally)
-    """Samples with several images, by the extensions of these."""
+    """Samples with several images, by the extension that is taken and all of them."""
     unread: Tally = field(default_factory=Tally)
     """Labels that are no class number, by the name of their member."""
     words: set[str] = field(default_factory=set)
@@ -130,15 +113,15 @@ def _add_sample(contents: Contents, members: list[_Member], form: SampleFormat, 
     elif text is not None:
         member = form.label_member
         contents.unread.count(f".{member}", f"{key}.{member}: {text[:20].decode(errors='replace')!r}")
-    images = [member.extension for member in members if member.extension in IMAGE_EXTENSIONS]
+    images = [member.extension for member in members if is_image(member.extension)]
     if len(images) > 1 and not form.image_key:
-        contents.several.count(" and ".join(sorted(images)), key)
+        contents.several.count(f"{form.image_of(images)} of {' and '.join(sorted(images))}", key)
     links = tuple(member.link for member in members if member.link)
     contents.samples.append(Sample(key, members[0].offset, members[-1].end - members[0].offset, label, links))
 
 
 def _looked_for(form: SampleFormat) -> str:
-    return f"looked for {form.image_key or ', '.join(IMAGE_EXTENSIONS)}"
+    return f"looked for {form.image_key}" if form.image_key else LOOKED_FOR
 
 
 def _instead(left_out: Tally) -> str:
