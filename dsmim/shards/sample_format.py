@@ -67,7 +67,7 @@ class SampleFormat:
 
     def stored(self) -> dict[str, Any]:
         """Return what an index keeps of this format."""
-        table = _digest(Path(self.labels).read_bytes()) if self.labels and is_table(self.labels) else None
+        table = _table_digest(*_stamp(self.labels)) if self.labels and is_table(self.labels) else None
         names = None if self.classes is None else _digest("\0".join(self.classes).encode("utf-8", "surrogateescape"))
         about = {"labels": self.labels, "image_key": self.image_key, "table": table, "classes": names}
         return {name: value for name, value in about.items() if value is not None}
@@ -82,7 +82,7 @@ class SampleFormat:
         if spec == "folder":
             return key.rpartition("/")[0].rpartition("/")[2]
         if is_table(spec):
-            return _table(spec).get(key, "")
+            return _table(*_stamp(spec)).get(key, "")
         extension, _, field = spec.partition(":")
         if text is None:
             return ""
@@ -130,7 +130,7 @@ def is_table(spec: str) -> bool:
 def checked_spec(spec: str) -> str:
     """Return a specification of labels. Raises ValueError when it is none, or its table cannot be used."""
     if is_table(spec):
-        _table(spec)
+        _table(*_stamp(spec))
     elif not re.fullmatch(r"[^/:\s]+|json:\S+", spec):
         raise ValueError(
             f"--labels {spec}: give cls (or another extension), json:FIELD, folder, or a .csv or .tsv file"
@@ -143,8 +143,22 @@ def _numbers(classes: tuple[str, ...]) -> dict[str, int]:
     return {name: number for number, name in enumerate(classes)}
 
 
+def _stamp(path: str) -> tuple[str, int, int]:
+    """Return path, size and time of a table. Raises ValueError when there is none."""
+    try:
+        stat = Path(path).stat()
+    except OSError as error:
+        raise ValueError(f"--labels {path}: cannot be read ({error.strerror})") from None
+    return path, stat.st_size, stat.st_mtime_ns
+
+
 @lru_cache(maxsize=2)
-def _table(path: str) -> dict[str, str]:
+def _table_digest(path: str, size: int, time: int) -> str:
+    return _digest(Path(path).read_bytes())
+
+
+@lru_cache(maxsize=2)
+def _table(path: str, size: int, time: int) -> dict[str, str]:
     """Return key → label of a table with two columns and, if it has one, a heading."""
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:

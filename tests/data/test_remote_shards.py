@@ -143,3 +143,14 @@ def test_shards_in_a_bucket(bucket, shards, tmp_path):
 def test_a_glob_in_an_url_is_refused():
     with pytest.raises(ValueError, match="cannot be expanded in a URL"):
         open_shards("https://127.0.0.1/train-*.tar", "x")
+
+
+def test_a_header_of_the_environment_reaches_a_server_that_needs_it(server, shards, tmp_path):
+    server.tokens["/gated/t.tar"] = "Bearer secret"
+    url = server.add("/gated/t.tar", (shards / "val-000.tar").read_bytes())
+    words = ["shards", "index", url, "--index-dir", tmp_path / "i"]
+    done = dsmim(*words, check=False, NO_PROXY="127.0.0.1")
+    assert done.returncode == 1 and "(status 401); if it needs a token, give a header by the environment" in done.stderr
+    header = '{"client_kwargs": {"headers": {"Authorization": "Bearer secret"}}}'
+    assert "1 shards, 8 samples" in dsmim(*words, NO_PROXY="127.0.0.1", FSSPEC_HTTP=header).stdout
+    assert not any(b"secret" in file.read_bytes() for file in (tmp_path / "i").iterdir())

@@ -49,9 +49,7 @@ def test_no_file_allows_commands(tmp_path):
     tree["data"]["allow_pipe"] = True
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
     for overrides in ([], ["data.allow_pipe=true"]):
-        with pytest.raises(
-            RecipeError, match=r"a file cannot allow commands.*data\.allow_pipe=true on the command line"
-        ):
+        with pytest.raises(RecipeError, match=r"a file cannot allow commands.*data\.allow_pipe=true on"):
             load_recipe(str(tmp_path / "r.yaml"), overrides)
     tree["data"]["allow_pipe"] = False
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
