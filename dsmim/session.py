@@ -89,7 +89,7 @@ def open_data(recipe: Recipe, runtime: Runtime) -> tuple[Task, RunData]:
         task = build_task(recipe)
         train = training_data(recipe, task, runtime)
         validation = open_validation(recipe, task, runtime) if recipe.data.val is not None else None
-        shards = train.reader.shards, validation and validation.reader.shards
+        shards = train.reader.shards, None if validation is None else validation.reader.shards
         notes = runtime.on_rank_zero(lambda: check_data(recipe, *shards))
     return task, RunData(train, validation, fingerprint(train.reader.shards), notes)
 

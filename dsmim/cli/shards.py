@@ -109,7 +109,10 @@ def _add_patterns(parser: argparse.ArgumentParser) -> None:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--index-dir", metavar="DIR", help="folder of the indexes, if the shards' folder is read-only or remote"
+        "--index-dir",
+        type=os.path.expanduser,
+        metavar="DIR",
+        help="folder of the indexes, if the shards' folder is read-only or remote",
     )
     parser.add_argument("--allow-pipe", action="store_true", help="run the commands of pipe: shards")
     _add_workers(parser)

@@ -111,6 +111,9 @@ class Indexed:
     def _labels(self) -> str:
         missing = sum(int((index.labels() == NO_LABEL).sum()) for index in self.shards)
         labelled, highest = sum(index.samples for index in self.shards) - missing, max(i.highest for i in self.shards)
+        if not labelled:
+            key = self.shards[0].table().keys[0]
+            return f"warning: none of the {missing} samples, such as {key}, has a label by --labels {self.form.labels}"
         names = f"; {len(self.classes)} class names, in {CLASSES} or --classes" if self.classes else ""
         return f"{labelled} samples with a class number (0 to {highest}), {missing} without{names}"
 

@@ -23,7 +23,7 @@ from dsmim.shards.names import key_of
 NO_LABEL = -1
 TABLES = {".csv": ",", ".tsv": "\t"}
 # Programs that hold class numbers in a column of floats write 3.0.
-_NUMBER = re.compile(r"(\d{1,9})(\.0+)?")
+_NUMBER = re.compile(r"([0-9]{1,9})(\.0+)?")
 _HEADINGS = ("key", "path", "file", "filename", "image")
 
 

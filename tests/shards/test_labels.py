@@ -139,6 +139,13 @@ def test_the_choice_is_kept_until_another_is_given(tmp_path):
     assert labels(tmp_path) == [-1]
 
 
+def test_labels_that_no_sample_has_are_a_warning(tmp_path):
+    tars(tmp_path, [["{}", "{}"]])
+    (tmp_path / "labels.csv").write_text("x0,1\n")
+    said = dsmim("shards", "index", tmp_path, "--labels", tmp_path / "labels.csv").stdout
+    assert "warning: none of the 2 samples, such as s0, has a label by --labels" in said
+
+
 def test_wrong_specifications():
     for spec in ("a/b", "json:", "xml:label", "two words"):
         with pytest.raises(ValueError, match="give cls or another extension, json:FIELD, folder"):

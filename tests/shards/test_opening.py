@@ -74,7 +74,7 @@ def test_what_names_no_shard_says_what_to_do(tmp_path):
     for text, message in [
         (
             f"{tmp_path}/pics",
-            rf"is a folder of images: make shards of it first, run: dsmim shards build {tmp_path}/pics",
+            rf"folder of images: make shards of it first, run: dsmim shards build {tmp_path}/pics",
         ),
         (f"{tmp_path}/none", r"it is a folder without \.tar files; to make shards of images, run: dsmim shards build"),
         (f"{tmp_path}/pics/b.jpg", r"to make shards of images, run: dsmim shards build SOURCE SHARDS"),
