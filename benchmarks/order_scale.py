@@ -24,7 +24,7 @@ from dsmim.data.order import Order, rank_positions, training_order
 from dsmim.data.reader import ShardReader
 from dsmim.shards.index import fingerprint, write_sidecar
 from dsmim.shards.opening import open_shards
-from dsmim.shards.tar import Sample
+from dsmim.shards.scan import Contents, Sample
 
 IMAGE_BYTES = 110_000  # ImageNet's mean, from published figures (1.3 TB)
 IMAGENET_22K = 14_197_122
@@ -134,7 +134,7 @@ def _template(folder: Path, number: int, count: int) -> tuple[bytes, int]:
         for row, (label, image, offset, size) in enumerate(rows)
     ]
     sidecar = folder / "template.dsmi"
-    write_sidecar("template", str(sidecar), samples, offsets[-1] + 1024, "0" * 64)
+    write_sidecar("template", str(sidecar), Contents(samples), offsets[-1] + 1024, "0" * 64)
     data = sidecar.read_bytes()
     sidecar.unlink()
     return data, offsets[-1] + 1024

@@ -12,6 +12,7 @@ import torch
 
 from dsmim.checkpoint import reading, zero_shards
 from dsmim.checkpoint.recorded_paths import find_shards
+from dsmim.data.checks import check_data
 from dsmim.data.dataset import EvalDataset
 from dsmim.data.from_recipe import open_reader, validation_shards
 from dsmim.data.loader import eval_loader
@@ -48,8 +49,14 @@ def evaluate(
     which: "fp32" for the weights, "ema" for their moving average. task_of: what is measured, such as PerClass of
     tasks/per_class.py. Raises ValueError for what a user can fix.
     """
+
+    def open_checked(recipe: Recipe, task: Task, runtime: Runtime) -> EvalDataset:
+        data = open_validation(recipe, task, runtime)
+        runtime.on_rank_zero(lambda: check_data(recipe, None, data.reader.shards))
+        return data
+
     with joined(*limits_of(path, overrides)) as runtime:
-        trained = open_trained(path, overrides, which, runtime, task_of, open_validation)
+        trained = open_trained(path, overrides, which, runtime, task_of, open_checked)
         figures = validate(trained.model, trained.task, trained.data, trained.recipe, runtime, Interrupt())
         assert figures is not None  # nothing asks this Interrupt to stop: an evaluation has nothing to save
         return {"checkpoint": trained.source, "data": trained.recipe.data.val, **figures}

@@ -11,6 +11,7 @@ from typing import Any
 from dsmim.checkpoint import reading
 from dsmim.checkpoint.recorded_paths import find_recipe_shards
 from dsmim.checkpoint.run_directory import changed_error, changes_of
+from dsmim.data.checks import data_problems
 from dsmim.data.from_recipe import identity, training_shards, validation_shards
 from dsmim.data.order import accumulation_steps, training_order
 from dsmim.engine.ds_config import load_ds_config, owned_keys
@@ -48,8 +49,8 @@ def check_training(recipe: Recipe, world_size: int, run_dir: Path, fork: bool) -
     task, shards = found.check(build_task, recipe), found.check(training_shards, recipe.data)
     steps = found.check(_check_steps, recipe, task, shards, world_size, state)
     found.check(_check_deepspeed, recipe, world_size, steps)
-    if recipe.data.val is not None:
-        found.check(validation_shards, recipe.data)
+    validation = None if recipe.data.val is None else found.check(validation_shards, recipe.data)
+    found.problems += found.check(data_problems, recipe, shards, validation) or []
     found.check(_check_writable, run_dir)
     if newest is None and recipe.model.weights is not None:
         found.check(_check_weights, Path(recipe.model.weights))
@@ -64,7 +65,8 @@ def check_evaluation(run_dir: Path, overrides: list[str]) -> list[str]:
     recipe = found.check(_recipe_of_run, run_dir, overrides)
     if recipe is not None:
         found.check(build_task, recipe)
-        found.check(validation_shards, recipe.data)
+        validation = found.check(validation_shards, recipe.data)
+        found.problems += found.check(data_problems, recipe, None, validation) or []
     found.check(_check_writable, run_dir)
     return found.problems
 

@@ -12,6 +12,7 @@ import torch
 
 from dsmim.checkpoint.resume import resume_engine
 from dsmim.checkpoint.run_directory import RunDirectory
+from dsmim.data.checks import check_data
 from dsmim.data.dataset import EvalDataset, TarDataset
 from dsmim.data.from_recipe import identity, open_reader, training_shards
 from dsmim.data.order import training_order
@@ -35,6 +36,8 @@ class RunData:
     validation: EvalDataset | None
     identity: dict[str, str]
     """What decides the training samples besides the recipe, see dsmim.data.from_recipe."""
+    notes: list[str]
+    """What the log should say about the samples."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,9 @@ def open_data(recipe: Recipe, runtime: Runtime) -> tuple[Task, RunData]:
         task = build_task(recipe)
         train = training_data(recipe, task, runtime)
         validation = open_validation(recipe, task, runtime) if recipe.data.val is not None else None
-    return task, RunData(train, validation, identity(train.reader.shards))
+        shards = train.reader.shards, None if validation is None else validation.reader.shards
+        notes = runtime.on_rank_zero(lambda: check_data(recipe, *shards))
+    return task, RunData(train, validation, identity(train.reader.shards), notes)
 
 
 def training_data(recipe: Recipe, task: Task, runtime: Runtime) -> TarDataset:
@@ -117,7 +122,7 @@ def open_run(recipe: Recipe, directory: RunDirectory, task: Task, data: RunData,
             directory.path, runtime.is_rank_zero, directory.step, steps.rate.total, recipe.log.tensorboard,
             directory.validation_due,
         )  # fmt: skip
-    for note in directory.notes:
+    for note in (*directory.notes, *data.notes):
         log.say(note)
     log.say(f"images: {task.normalise.channels} channels, normalised by {task.normalise}")
     return Run(directory, steps, log)

@@ -63,7 +63,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{checkpoint}: is not a checkpoint of dsmim ({error})") from None
     if state.get("format") != STATE_FORMAT:
         raise ValueError(f"{checkpoint}: written in format {state.get('format')}, this dsmim reads {STATE_FORMAT}")
-    return state | ({"recipe": as_stored(state["recipe"])} if "recipe" in state else {})
+    if "recipe" not in state:
+        return state
+    recipe = as_stored(state["recipe"])
+    recipe["data"].pop("allow_pipe", None)  # a file gives no permission to run commands
+    return state | {"recipe": recipe}
 
 
 def validation_of(checkpoint: Path) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -76,6 +77,22 @@ def _add_index(commands) -> None:
     about = "Write the index that training on a WebDataset tar needs. The tars may come from any tool"
     index = command(commands, "index", about, _index)
     index.add_argument("--force", action="store_true", help="write valid indexes again too")
+    index.add_argument(
+        "--labels",
+        metavar="SPEC",
+        help="where class numbers or names come from: cls or another extension (KEY.cls), json:FIELD (of KEY.json), "
+        "folder (the last one of the key), or a table (.csv, .tsv) of key,label (default: numbers in KEY.cls)",
+    )
+    index.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="names of the classes, in the order of their numbers: JSON, or one per line (default: names are sorted, "
+        "and written to classes.json beside the indexes)",
+    )
+    index.add_argument(
+        "--image-key", metavar="EXTENSION", help="the member that is the image, if a sample has several: KEY.EXTENSION"
+    )
     _add_patterns(index)
 
 
@@ -83,6 +100,7 @@ def _add_verify(commands) -> None:
     about = "Compare shards with their indexes, and name every problem and its place"
     verify = command(commands, "verify", about, _verify)
     verify.add_argument("--decode", action="store_true", help="decode every image too")
+    verify.add_argument("--max-pixels", type=count, metavar="N", help="with --decode: as data.max_pixels in a recipe")
     verify.add_argument(
         "--report",
         type=Path,
@@ -114,7 +132,10 @@ def _add_patterns(parser: argparse.ArgumentParser) -> None:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--index-dir", metavar="DIR", help="folder of the indexes, if the shards' folder is read-only or remote"
+        "--index-dir",
+        type=os.path.expanduser,
+        metavar="DIR",
+        help="folder of the indexes, if the shards' folder is read-only or remote",
     )
     parser.add_argument("--allow-pipe", action="store_true", help="run the commands of pipe: shards")
     _add_workers(parser)
@@ -163,17 +184,33 @@ def _build(options) -> None:
 
 
 def _index(options) -> None:
+    from dsmim.shards.classes import read_names
     from dsmim.shards.opening import index_all
+    from dsmim.shards.sample_format import SampleFormat, checked_spec
 
-    indexes = index_all(options.shards, options.index_dir, options.workers, options.force, options.allow_pipe)
-    print(f"{len(indexes)} shards, {sum(index.samples for index in indexes)} samples")
+    form = SampleFormat(
+        options.labels and checked_spec(options.labels),
+        options.image_key and options.image_key.lstrip(".").lower(),
+        options.classes and read_names(options.classes),
+    )
+    done = index_all(options.shards, options.index_dir, options.workers, options.force, options.allow_pipe, form)
+    print(f"{len(done.shards)} shards, {sum(index.samples for index in done.shards)} samples")
+    for line in done.remarks():
+        print(line)
 
 
 def _verify(options) -> int:
     from dsmim.packing.verify import verify_all
+    from dsmim.recipe.data import MAX_PIXELS
 
     found = verify_all(
-        options.shards, options.index_dir, options.workers, options.decode, options.report, options.allow_pipe
+        options.shards,
+        options.index_dir,
+        options.workers,
+        options.decode,
+        options.report,
+        options.allow_pipe,
+        options.max_pixels or MAX_PIXELS,
     )
     summary = f"{len(found.problems)} problems" if found.problems else "all shards are as indexed"
     for line in [*found.problems, summary, *found.left_out.line()]:

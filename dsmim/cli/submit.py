@@ -89,6 +89,7 @@ def _job(options: argparse.Namespace, overrides: list[str], run_dir: Path, recip
     else:
         name = recipe.name if recipe else "?"
         words = [str(run_dir / f"slurm/{stamp}.yaml"), "--run-dir", str(run_dir), *["--fork"] * options.fork]
+        words += ["data.allow_pipe=true"] * bool(recipe and recipe.data.allow_pipe)  # no file may hold it
     output = f"{str(run_dir).replace('%', '%%')}/slurm/%x-%j.out"
     return Job(
         options.template, options.nodes, options.gpus_per_node, options.time, name, output, Path.cwd(), tuple(words)

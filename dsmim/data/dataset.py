@@ -10,11 +10,11 @@ import torch
 from torch.utils.data import Dataset, default_collate
 from torchvision.io import encode_png
 
-from dsmim.data.decode import Buffer, Undecodable
+from dsmim.data.decode import Buffer, Undecodable, pixel_limit
 from dsmim.data.order import Draw, Order, stream_key
 from dsmim.data.reader import DataError, ShardReader
 from dsmim.data.streams import own_stream, reseed
-from dsmim.shards.extensions import IMAGE_EXTENSIONS
+from dsmim.shards.sample_format import NO_LABEL
 
 ATTEMPTS = 10  # successive samples that are tried, the drawn one first, until one decodes
 PREFETCH = 4  # shards that an evaluation announces: the one that it reads and those after it
@@ -38,7 +38,7 @@ class TarDataset(Dataset):
 
     def __getitems__(self, positions: list[int]) -> list[dict[str, Any]]:
         """Return the samples of a micro batch, as DataLoader requests them."""
-        with own_stream():
+        with own_stream(), pixel_limit(self.reader.max_pixels):
             return [self._sample(position) for position in positions]
 
     def _sample(self, position: int) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class EvalDataset(Dataset):
 
     def __getitems__(self, items: list[tuple[int, float]]) -> list[dict[str, Any]]:
         """Return the samples of a batch of (sample number, weight), as DataLoader requests them."""
-        with own_stream():
+        with own_stream(), pixel_limit(self.reader.max_pixels):
             return [self._sample(*item) for item in items]
 
     def name(self, sample: int) -> tuple[str, str]:
@@ -122,10 +122,10 @@ def load_sample(
     """
     key, members = reader.read(shard, row)
     tar = reader.shards[shard].tar
-    extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
+    extension = reader.image_of(shard, members)
     if extension is None:
-        raise DataError(f"{tar}: sample {key} has no image; index the shard again")
-    label = None if classes is None else _label(tar, key, members, classes)
+        raise DataError(f"{tar}: sample {key} has no image (it has {', '.join(members)}); see data.image_key")
+    label = None if classes is None else _label(tar, key, reader.label(shard, row), members, classes)
     reseed(stream_key("evaluation", key) if stream is None else stream)
     try:
         return {"key": key, **transform(members[extension], label)}
@@ -133,14 +133,13 @@ def load_sample(
         raise Undecodable(f"{tar}: {key}.{extension} cannot be decoded: {error}") from None
 
 
-def _label(tar: str, key: str, members: dict[str, memoryview], classes: int) -> int:
-    try:
-        label = int(bytes(members["cls"]))
-    except KeyError:
-        raise DataError(f"{tar}: sample {key} has no label ({key}.cls)") from None
-    except ValueError:
-        raise DataError(f"{tar}: label {key}.cls is no integer: {bytes(members['cls'][:20])!r}") from None
-    if not 0 <= label < classes:
+def _label(tar: str, key: str, label: int, members: dict[str, memoryview], classes: int) -> int:
+    """Check a label. A run has checked all of them before its first step (data/labels.py)."""
+    if label == NO_LABEL and "cls" in members:
+        raise DataError(f"{tar}: label {key}.cls is no integer: {bytes(members['cls'][:20])!r}")
+    if label == NO_LABEL:
+        raise DataError(f"{tar}: sample {key} has no label ({key}.cls)")
+    if label >= classes:
         raise DataError(f"{tar}: label {key}.cls is {label}; task.num_classes {classes} allows 0 to {classes - 1}")
     return label
 

@@ -7,6 +7,8 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -14,6 +16,7 @@ import torchvision
 from PIL import Image, UnidentifiedImageError
 from torchvision.transforms.v2 import functional as TF
 
+from dsmim.recipe.data import MAX_PIXELS
 from dsmim.shards.pixels import converted, open_as
 
 try:
@@ -27,9 +30,6 @@ warnings.filterwarnings(
     "ignore", "The image decoding and encoding capabilities of TorchVision are deprecated", DeprecationWarning
 )
 
-MAX_PIXELS = 89_478_485
-"""A larger image counts as a decompression bomb. It is Pillow's limit: 256 MiB as RGB. A file of a few kilobytes may
-claim more."""
 Buffer = bytes | bytearray | memoryview
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Channels of the tensor → Pillow's mode."""
@@ -37,6 +37,21 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 # ITU T.81, table B.1: the markers of a frame header; C4, C8 and CC mean other things.
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+_limit = MAX_PIXELS
+
+
+@contextmanager
+def pixel_limit(pixels: int) -> Iterator[None]:
+    """Allow images of so many pixels within the block, in this process. Pillow's own limit is set too."""
+    global _limit
+    before = _limit, Image.MAX_IMAGE_PIXELS
+    _limit = Image.MAX_IMAGE_PIXELS = pixels
+    try:
+        yield
+    finally:
+        _limit, Image.MAX_IMAGE_PIXELS = before
 
 
 class Undecodable(ValueError):
@@ -52,7 +67,7 @@ def decode(data: Buffer, channels: int = 3) -> torch.Tensor:
     does; alpha is dropped, and with 4 channels it is 255 where an image has none; grey is the luma of ITU-R BT.601,
     which a JPEG stores. An EXIF orientation is not applied, as in torchvision's ImageFolder, with which the published
     models were trained; the tag Orientation of a TIFF, a part of the format, is applied by Pillow. Raises Undecodable
-    with the decoder's message, and for more than MAX_PIXELS; and ValueError when torchvision has no decoder any more.
+    with the decoder's message, and for too many pixels; and ValueError when torchvision has no decoder any more.
     """
     image_size(data)
     if not _fast(data, channels):
@@ -89,7 +104,7 @@ def decoder_name() -> str:
 
 
 def image_size(data: Buffer) -> tuple[int, int]:
-    """Return (height, width) from the header. Raises Undecodable when there is none, and for more than MAX_PIXELS.
+    """Return (height, width) from the header. Raises Undecodable when there is none, and for too many pixels.
 
     The headers of JPEG and PNG are read here, because opening a file with Pillow takes a fiftieth of the time of
     decoding it.
@@ -102,8 +117,10 @@ def image_size(data: Buffer) -> tuple[int, int]:
     height, width = size or _size_by_pillow(data)
     if not height or not width:
         raise Undecodable(f"{width} × {height} pixels")
-    if width * height > MAX_PIXELS:
-        raise Undecodable(f"{width} × {height} pixels; more than {MAX_PIXELS} count as a decompression bomb")
+    if width * height > _limit:
+        raise Undecodable(
+            f"{width} × {height} pixels; more than {_limit} count as a decompression bomb (data.max_pixels)"
+        )
     return height, width
 
 

@@ -13,8 +13,8 @@ from dsmim.data.from_recipe import open_reader
 from dsmim.data.order import stream_key
 from dsmim.data.streams import reseed
 from dsmim.recipe import Data
+from dsmim.shards.extensions import is_image
 from dsmim.shards.opening import names_shards, open_shards
-from dsmim.shards.tar import is_image
 
 SHOWN = 5  # names in an error message
 

@@ -8,10 +8,13 @@ import tarfile
 from collections import OrderedDict
 from collections.abc import Iterable
 
+from dsmim.recipe.data import MAX_PIXELS
 from dsmim.shards.cache import ShardCache
-from dsmim.shards.index import ShardIndex, Table
+from dsmim.shards.index import ShardIndex
 from dsmim.shards.remote import is_remote
-from dsmim.shards.tar import parse_sample
+from dsmim.shards.sample_format import SampleFormat
+from dsmim.shards.table import Table
+from dsmim.shards.tar import Link, linked_bytes, parse_sample
 
 OPEN_SHARDS = 32  # at least: two windows of the order have to fit, the one that ends and the one that begins
 
@@ -27,10 +30,19 @@ class DataError(ValueError):
 class ShardReader:
     """Reads local shards in place, and remote ones through the cache.
 
-    keep: number of shards whose descriptors and tables stay open, unless the process may not have so many.
+    keep: number of shards whose descriptors and tables stay open, unless the process may not have so many. image_key:
+    extension of the images; None: as each shard was indexed. max_pixels: of an image that is decoded.
     """
 
-    def __init__(self, shards: list[ShardIndex], cache: ShardCache | None = None, keep: int = OPEN_SHARDS):
+    def __init__(
+        self,
+        shards: list[ShardIndex],
+        cache: ShardCache | None = None,
+        keep: int = OPEN_SHARDS,
+        image_key: str | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ):
+        self.image_key, self.max_pixels = image_key, max_pixels
         self._files: OrderedDict[int, int] = OrderedDict()
         self._tables: OrderedDict[int, Table] = OrderedDict()
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2  # two per shard; half is for all else
@@ -59,6 +71,8 @@ class ShardReader:
             raise DataError(f"{tar}: has shrunk since it was opened; copy or build it again")
         try:
             key, members = parse_sample(data)
+            for link in table.links.get(row, ()):
+                members[link.extension] = self._linked(shard, link)
         except tarfile.TarError:
             key, members = "", {}  # there is no tar member any more
         if key != table.keys[row]:
@@ -67,6 +81,14 @@ class ShardReader:
                 f"{table.keys[row]!r} should be; if that is on purpose, {self.shards[shard].fix}"
             )
         return key, members
+
+    def label(self, shard: int, row: int) -> int:
+        """Return the class number of a sample; NO_LABEL if there is none."""
+        return self.table(shard).labels.item(row)
+
+    def image_of(self, shard: int, members: Iterable[str]) -> str | None:
+        """Return which of a sample's members (extensions) is its image; None when it has none."""
+        return SampleFormat(image_key=self.image_key or self.table(shard).stored.get("image_key")).image_of(members)
 
     def table(self, shard: int) -> Table:
         """Return keys and places of a shard's samples, from its index. Raises DataError when the index has changed."""
@@ -85,6 +107,12 @@ class ShardReader:
         if self.cache:
             indexes = (self.shards[shard] for shard in shards)
             self.cache.prefetch([(i.tar, i.tar_bytes, i.sha256) for i in indexes if is_remote(i.tar)])
+
+    def _linked(self, shard: int, link: Link) -> memoryview:
+        """Return the bytes of a hard link's target. Raises TarError when it is not there any more."""
+        data = bytearray(link.length)
+        _read_into(data, self._file(shard), link.offset, self.shards[shard].tar)
+        return linked_bytes(data)
 
     def _file(self, shard: int) -> int:
         if shard not in self._files:

@@ -18,8 +18,9 @@ from dsmim.packing.tables import read_table
 from dsmim.shards.extensions import LOOKED_FOR
 from dsmim.shards.opening import names_shards, open_shards
 from dsmim.shards.remote import is_remote
+from dsmim.shards.sample_format import NO_LABEL
 from dsmim.shards.tally import Tally
-from dsmim.shards.tar import NO_LABEL, read_sample
+from dsmim.shards.tar import Link, read_sample
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class TarSource:
     key: str
     offset: int
     length: int
+    links: tuple[Link, ...] = field(default=(), repr=False)
     label: int | None = field(default=None, repr=False)
     stamp: str = field(default="", repr=False)
     """Digest of the tar."""
@@ -60,7 +62,7 @@ class TarSource:
     def members(self) -> dict[str, bytes]:
         """Return extension → bytes. Raises ValueError when the tar has changed since it was indexed."""
         with Path(self.tar).open("rb") as file:
-            key, members = read_sample(file, self.offset, self.length)
+            key, members = read_sample(file, self.offset, self.length, self.links)
         if key != self.key:
             fix = f"run: dsmim shards index --force {shlex.quote(self.tar)}"
             raise ValueError(f"{self.tar}: has changed since it was indexed; {fix}")
@@ -188,7 +190,7 @@ def _from_tars(source: str, index_dir: str | None) -> Found:
         table = index.table()
         labels = [None if label == NO_LABEL else label for label in table.labels.tolist()]
         sources += [
-            TarSource(index.tar, key, *table.place(row), labels[row], index.sha256)
+            TarSource(index.tar, key, *table.whole(row), labels[row], index.sha256)
             for row, key in enumerate(table.keys)
         ]
     return Found(sources, [], _beside_tars(Path(source)), [])

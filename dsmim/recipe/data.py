@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from dsmim.recipe.section import Count, Positive, Section, Share, per_channel
 
+MAX_PIXELS = 89_478_485
+"""Pillow's limit against decompression bombs: 256 MiB as RGB."""
+
 
 class Augment(Section):
     """What is done to the pixels of an image before normalisation."""
@@ -54,12 +57,18 @@ class Data(Section):
     """Folder of the shards' indexes, if their own folder is read-only or remote; null: beside each tar."""
     subset: str | None = None
     """A list of keys, written by `dsmim shards subset`: train only on these samples of data.train."""
+    classes: str | list[int | str] | None = None
+    """Train and validate on these classes alone, numbered in this order: class numbers, or names of the classes.json
+    beside the indexes; or a file that lists them; null: all classes, with their own numbers."""
+    image_key: Annotated[str, Field(pattern=r"^[^./][^/]*$")] | None = None
+    """Extension of the member that is the image, if samples have several; null: as the shards were indexed."""
     cache_dir: str | None = None
     """Folder on the node that keeps copies of remote shards, shared by the node's ranks and by other runs."""
     cache_gb: Positive = 100
     """Size limit of data.cache_dir in 10^9 bytes; the least recently used shards are removed first."""
     allow_pipe: bool = False
-    """Run the commands of pipe: shards, as webdataset does. They can do everything that you may do."""
+    """Run the commands of pipe: shards, as webdataset does. They can do everything that you may do, so only the command
+    line can allow them, not a recipe file; a resume and an evaluation need it again."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Decoding processes per rank; this changes the speed, never the data."""
     shuffle_window: Count = 16
@@ -75,6 +84,8 @@ class Data(Section):
     the average of the three)."""
     std: per_channel(gt=0, le=1) | None = None
     """Standard deviation of the pixels, by which they are divided, like data.mean."""
+    max_pixels: Count = MAX_PIXELS
+    """An image with more pixels counts as undecodable: a file of a few kilobytes may claim billions."""
     augment: Augment = Augment()
 
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from dsmim.recipe.contradictions import contradictions
 from dsmim.recipe.errors import RecipeError, explain, nearest
+from dsmim.recipe.override_values import read_value
 from dsmim.recipe.schema import Recipe
 
 # Keys that may differ when a run resumes: they change its speed, or what is seen of it, not what it learns. data.train
@@ -25,6 +26,12 @@ FREE_KEYS = (
     "engine.timeout_minutes", "engine.step_timeout_minutes",
     "validation", "checkpoint", "log",
 )  # fmt: skip
+
+
+_NO_PERMISSION = (
+    "data.allow_pipe: a file cannot allow commands, because it may come from others; remove it there, and give "
+    "data.allow_pipe=true on the command line"
+)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -88,6 +95,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(str(path), [f"not valid YAML: {error}"]) from None
     if not isinstance(tree, dict):
         raise RecipeError(str(path), ["the file must hold keys with values (key: value)"])
+    if isinstance(data := tree.get("data"), dict) and data.get("allow_pipe"):
+        raise RecipeError(str(path), [_NO_PERMISSION])
     return tree
 
 
@@ -147,7 +156,7 @@ def _override(tree: dict[str, Any], item: str) -> str | None:
         if not isinstance(tree, dict):
             return f"override {item!r}: {part} is a value, not a section with keys"
     try:
-        tree[leaf] = text if text.startswith("*") else yaml.safe_load(text)  # YAML would read a glob as an alias
+        tree[leaf] = read_value(key, text)
     except yaml.YAMLError as error:
         return f"override {item!r}: the value is not valid YAML ({error})"
     return None

@@ -38,8 +38,11 @@ class Recipe(Section):
     log: Log = Log()
 
     def to_yaml(self) -> str:
-        """Return the recipe as YAML with every default. Loading it gives the same recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=False), sort_keys=False)
+        """Return the recipe as YAML with every default. Loading it gives the same recipe, but without the permission
+        data.allow_pipe, which only a command line gives."""
+        tree = self.model_dump(mode="json", exclude_none=False)
+        tree["data"]["allow_pipe"] = False
+        return yaml.safe_dump(tree, sort_keys=False)
 
 
 def required(value: Any, key: str) -> Any:

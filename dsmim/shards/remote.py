@@ -33,6 +33,14 @@ _RETRIED = (408, 429)
 _jitter = random.SystemRandom()
 
 
+_S3_HINT = "; s3 answers so for a missing object too, unless you may list the bucket"
+_HEADER = (
+    "; if it needs a token, give a header by the environment: "
+    """FSSPEC_HTTP='{"client_kwargs": {"headers": {"Authorization": "Bearer TOKEN"}}}'"""
+)
+_HINTS = {401: _HEADER, 403: _HEADER}
+
+
 class Missing(ValueError):
     """There is no object at that address."""
 
@@ -56,8 +64,8 @@ def check(shard: str, what: str, allow_pipe: bool) -> None:
     if shard.startswith(PIPE):
         if not allow_pipe:
             raise ValueError(
-                f"{what}: {shard!r} would run a command on this machine; allow it with data.allow_pipe=true in the "
-                "recipe, or with --allow-pipe for the shards commands"
+                f"{what}: {shard!r} would run a command on this machine; allow it with data.allow_pipe=true on the "
+                "command line, or with --allow-pipe for the shards commands"
             )
     elif scheme not in SCHEMES:
         raise ValueError(
@@ -164,6 +172,10 @@ def _filesystem(url: str, timeout: float):
 
     # By default aiohttp stops every transfer after five minutes and ignores the environment's proxy.
     client = {"timeout": ClientTimeout(total=None), "trust_env": True, "read_bufsize": CHUNK}
+    from fsspec.config import conf
+
+    # An option given here replaces the one of FSSPEC_HTTP, which may hold an Authorization header.
+    client |= conf.get("http", {}).get("client_kwargs", {})
     return create(asynchronous=True, skip_instance_cache=True, client_kwargs=client)
 
 
@@ -202,7 +214,7 @@ def _classified(url: str, error: Exception) -> Exception:
     if status == 404:
         return Missing(f"{url}: does not exist (404)")
     if status and status < 500 and status not in _RETRIED:
-        hint = "; s3 answers so for a missing object too, unless you may list the bucket" if status == 403 else ""
+        hint = _HINTS.get(status, "") if url.lower().startswith("http") else _S3_HINT * (status == 403)
         return ValueError(f"{url}: cannot be read: {_message(error)} (status {status}){hint}")
     if isinstance(error, ssl.SSLError):  # a ValueError, too
         return ValueError(f"{url}: its certificate is not trusted ({_message(error)}); see SSL_CERT_FILE")

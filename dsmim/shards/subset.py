@@ -20,9 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from dsmim.shards.atomic import remove_leftovers, write_atomically
-from dsmim.shards.index import Rows, ShardIndex, fingerprint, shard_name
+from dsmim.shards.index import ShardIndex, fingerprint, shard_name
+from dsmim.shards.names import plain_key
 from dsmim.shards.parallel import parallel
-from dsmim.shards.tar import NO_LABEL
+from dsmim.shards.sample_format import NO_LABEL
+from dsmim.shards.table import Rows
 
 SUFFIX = ".rows"
 
@@ -84,9 +86,9 @@ def write_list(path: Path, shards: list[ShardIndex], rows: list[np.ndarray], uni
 
 
 def read_list(path: Path) -> list[str]:
-    """Return the lines of a list of keys. Raises OSError when it cannot be read."""
+    """Return the lines of a list, without the './' that other tools keep. Raises OSError if it is missing."""
     text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-    return [line for line in text.replace("\r\n", "\n").split("\n") if line]
+    return [plain_key(line) for line in text.replace("\r\n", "\n").split("\n") if line]
 
 
 def write_rows(path: Path, shards: list[ShardIndex], rows: list[np.ndarray]) -> None:

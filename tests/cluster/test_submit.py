@@ -259,3 +259,11 @@ def test_the_end_of_a_job_is_taken_from_the_environment_or_unknown(tmp_path):
 def test_a_task_of_an_array_is_not_the_array():
     assert job_of({"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}) == "12_3"
     assert job_of({"SLURM_JOB_ID": "12"}) == "12" and job_of({}) is None
+
+
+def test_the_permission_for_commands_is_passed_on(home, capsys):
+    """The recipe file of the job cannot hold it."""
+    for words, passed in (((), False), (("data.allow_pipe=true",), True)):
+        code, script, _ = submit(capsys, "r.yaml", *words)
+        arguments = shlex.split(re.search(r"^set -- (.*)$", script, re.MULTILINE)[1])
+        assert code == 0 and ("data.allow_pipe=true" in arguments) == passed

@@ -14,12 +14,13 @@ from PIL import Image
 
 from dsmim.data.dataset import TarDataset
 from dsmim.data.decode import MAX_PIXELS, Undecodable, decode, image_size
+from dsmim.data.from_recipe import open_reader, training_shards
 from dsmim.data.loader import train_loader
 from dsmim.data.order import Order
 from dsmim.data.reader import DataError, ShardReader
 from dsmim.data.transforms import train_transform
-from dsmim.packing.verify import verify_shard
-from dsmim.recipe import Augment
+from dsmim.packing.verify import verify_all, verify_shard
+from dsmim.recipe import Augment, Data
 from dsmim.shards.index import write_index
 from dsmim.shards.opening import open_shards
 from tests.conftest import image_bytes, make_shards, write_tar
@@ -249,3 +250,23 @@ def test_an_index_that_is_replaced_during_training(tmp_path):
     sidecar.write_bytes(whole[:530])
     with pytest.raises(DataError, match=r"train-000\.tar\.dsmi: changed since it was opened"):
         data[0]
+
+
+def test_the_pixel_limit_is_a_setting(tmp_path):
+    """Of the data set and of verify; the limit of the process is as before afterwards."""
+    side = 9500  # 90 million pixels, more than the default limit
+    buffer = io.BytesIO()
+    Image.new("L", (side, side), 40).save(buffer, "JPEG")
+    tar = write_tar(tmp_path / "train-000.tar", [("a.jpg", buffer.getvalue()), ("b.jpg", encoded(photo(), "JPEG"))])
+    write_index(tar)
+    data = dataset(tmp_path)
+    assert {data[position]["key"] for position in range(2)} == {"b"}
+    data.reader.max_pixels = side * side
+    before = Image.MAX_IMAGE_PIXELS
+    assert {data[position]["key"] for position in range(2)} == {"a", "b"}
+    assert before == Image.MAX_IMAGE_PIXELS
+    report = tmp_path / "report.jsonl"
+    assert len(verify_all([str(tar)], None, 1, True, report)) == 1
+    assert verify_all([str(tar)], None, 1, True, report, max_pixels=side * side) == []
+    settings = Data(train=str(tar), max_pixels=side * side)
+    assert open_reader(settings, training_shards(settings), 1).max_pixels == side * side

@@ -57,7 +57,7 @@ def test_two_ranks_train_as_from_disk_and_download_each_shard_once(server, shard
 def test_an_index_beside_a_remote_shard_saves_reading_the_shard(server, shards, tmp_path):
     for tar in shards.glob("train-*.tar"):
         server.add(f"/{tar.name}.dsmi", (tar.parent / f"{tar.name}.dsmi").read_bytes())
-    indexes = index_all([urls(server)], str(tmp_path), workers=1)
+    indexes = index_all([urls(server)], str(tmp_path), workers=1).shards
     assert [index.samples for index in indexes] == [17, 3, 13, 11, 9]
     assert not any(server.gets[f"/train-{i:03d}.tar"] for i in range(5))
     assert verify_all([urls(server)], str(tmp_path), 1, True).problems == []
@@ -67,7 +67,7 @@ def test_a_web_page_in_place_of_an_index_is_ignored(server, tmp_path):
     """Some servers answer 200 and a page for a missing file."""
     for i in range(5):
         server.add(f"/train-{i:03d}.tar.dsmi", b"<html>not found</html>")
-    assert len(index_all([urls(server)], str(tmp_path), workers=1)) == 5
+    assert len(index_all([urls(server)], str(tmp_path), workers=1).shards) == 5
     assert all(server.gets[f"/train-{i:03d}.tar"] == 1 for i in range(5))
 
 
@@ -143,3 +143,14 @@ def test_shards_in_a_bucket(bucket, shards, tmp_path):
 def test_a_glob_in_an_url_is_refused():
     with pytest.raises(ValueError, match="cannot be expanded in a URL"):
         open_shards("https://127.0.0.1/train-*.tar", "x")
+
+
+def test_a_header_of_the_environment_reaches_a_server_that_needs_it(server, shards, tmp_path):
+    server.tokens["/gated/t.tar"] = "Bearer secret"
+    url = server.add("/gated/t.tar", (shards / "val-000.tar").read_bytes())
+    words = ["shards", "index", url, "--index-dir", tmp_path / "i"]
+    done = dsmim(*words, check=False, NO_PROXY="127.0.0.1")
+    assert done.returncode == 1 and "(status 401); if it needs a token, give a header by the environment" in done.stderr
+    header = '{"client_kwargs": {"headers": {"Authorization": "Bearer secret"}}}'
+    assert "1 shards, 8 samples" in dsmim(*words, NO_PROXY="127.0.0.1", FSSPEC_HTTP=header).stdout
+    assert not any(b"secret" in file.read_bytes() for file in (tmp_path / "i").iterdir())

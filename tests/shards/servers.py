@@ -16,6 +16,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files, self.plans, self.gets, self.closing = {}, {}, Counter(), threading.Event()
+        self.tokens = {}  # path → the Authorization header that it needs
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.server_port}{path}"
@@ -29,6 +30,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.gets[self.path] += 1
         data, plan = self.server.files.get(self.path), self.server.plans.get(self.path)
+        if self.headers.get("Authorization") != self.server.tokens.get(self.path, self.headers.get("Authorization")):
+            return self.send_error(401)
         step = 404 if data is None else plan.pop(0) if plan else None
         if isinstance(step, int):
             return self.send_error(step)

@@ -22,7 +22,8 @@ def test_shards_of_one_name_share_an_index_dir(tmp_path):
         make_shards(tmp_path / folder, [count])
     paths = [tmp_path / folder / "train-000.tar" for folder in ("train", "val")]
     indexes = index_all([str(path) for path in paths], str(tmp_path / "idx"), workers=1)
-    assert [read_index(path, tmp_path / "idx").samples for path in paths] == [3, 2] == [i.samples for i in indexes]
+    assert [read_index(path, tmp_path / "idx").samples for path in paths] == [3, 2]
+    assert [index.samples for index in indexes.shards] == [3, 2]
 
 
 def test_patterns(tmp_path):
@@ -64,3 +65,28 @@ def test_index_reports_every_bad_shard(tmp_path):
 def test_expand_order_is_sorted(tmp_path):
     make_shards(tmp_path, [1] * 3)
     assert [Path(p).name for p in expand(str(tmp_path))] == [f"train-{i:03d}.tar" for i in range(3)]
+
+
+def test_what_names_no_shard_says_what_to_do(tmp_path):
+    (tmp_path / "pics").mkdir()
+    (tmp_path / "pics/a.jpg").write_bytes(b"x")
+    (tmp_path / "none").mkdir()
+    for text, message in [
+        (
+            f"{tmp_path}/pics",
+            rf"folder of images: make shards of it first, run: dsmim shards build {tmp_path}/pics",
+        ),
+        (f"{tmp_path}/none", r"it is a folder without \.tar files; to make shards of images, run: dsmim shards build"),
+        (f"{tmp_path}/pics/b.jpg", r"to make shards of images, run: dsmim shards build SOURCE SHARDS"),
+        ("nowhere.tar", rf"no shards match 'nowhere\.tar' \(looked in {Path.cwd()}\); give tars, a folder of tars"),
+        ("a.tar,b.tar", r"several patterns are a list"),
+        ("a.tar::b.tar", r"several patterns are a list"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            expand(text, "data.train")
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (path,) = make_shards(tmp_path / "in", [1])
+    assert expand("~/in/*.tar") == expand("~/in") == expand("~/in/train-000.tar") == [str(path)]
