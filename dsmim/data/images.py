@@ -15,6 +15,8 @@ from dsmim.data.streams import reseed
 from dsmim.recipe import Data
 from dsmim.shards.extensions import is_image
 from dsmim.shards.opening import names_shards, open_shards
+from dsmim.shards.tally import Tally
+from dsmim.shards.walk import walk
 
 SHOWN = 5  # names in an error message
 
@@ -82,8 +84,8 @@ def _files(word: str) -> list[str]:
 
 def _in_folder(folder: str) -> list[str]:
     found = []
-    for top, folders, names in os.walk(folder, followlinks=True):
+    for top, folders, names in walk(Path(folder), Tally()):
         folders[:] = [name for name in folders if not name.startswith(".")]
         visible = (name for name in names if not name.startswith("."))
-        found += [os.path.join(top, name) for name in visible if is_image(Path(name).suffix.lower().lstrip("."))]  # noqa: PTH118
+        found += [str(top / name) for name in visible if is_image(Path(name).suffix.lower().lstrip("."))]
     return sorted(found)

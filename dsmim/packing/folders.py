@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsmim.packing.files import ImageFile, extension, some, stamp_at
 from dsmim.shards.extensions import is_image
 from dsmim.shards.tally import Tally
+from dsmim.shards.walk import walk
 
 # What programs leave beside images: macOS in zip files, Windows, Synology, file systems. Names with a dot in front too.
 _HIDDEN = {"__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"}
@@ -88,39 +87,17 @@ def _split_hint(path: Path, splits: list[str]) -> str:
 
 def _walk(root: Path, left_out: Tally) -> tuple[list[Path], set[str]]:
     """Return the paths of the images below a folder, sorted, and the names of its sub-folders that were read."""
-    seen: set[tuple[int, int]] = set()
-    images, tops, links = [], set(), [root]
-    while links:  # links to folders come last, so that a folder keeps its own path
-        for top, folders, files in _new_folders(links.pop(0), seen, left_out):
-            if any(name.endswith(".build.json") for name in files):
-                left_out.count("folders of shards", str(top))
-                folders.clear()
-                continue
-            if top.parent == root:
-                tops.add(top.name)
-            shown = [name for name in folders if not _is_hidden(name, top, left_out)]
-            folders[:] = sorted(name for name in shown if not (top / name).is_symlink())
-            links += [top / name for name in sorted(shown) if (top / name).is_symlink()]
-            images += [top / name for name in files if _is_wanted(name, top, left_out)]
-    return sorted(images), tops
-
-
-def _new_folders(
-    root: Path, seen: set[tuple[int, int]], left_out: Tally
-) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Walk as os.walk does through the folders that have not been seen yet, by device and inode."""
-    for top, folders, files in os.walk(root, onerror=_fail):
-        about = Path(top).stat()
-        if (about.st_dev, about.st_ino) in seen:
-            left_out.count("folders that are read under another path already", top)
+    images, tops = [], set()
+    for top, folders, files in walk(root, left_out):
+        if any(name.endswith(".build.json") for name in files):
+            left_out.count("folders of shards", str(top))
             folders.clear()
-        else:
-            seen.add((about.st_dev, about.st_ino))
-            yield Path(top), folders, files
-
-
-def _fail(error: OSError) -> None:
-    raise error
+            continue
+        if top.parent == root:
+            tops.add(top.name)
+        folders[:] = [name for name in folders if not _is_hidden(name, top, left_out)]
+        images += [top / name for name in files if _is_wanted(name, top, left_out)]
+    return sorted(images), tops
 
 
 def _is_hidden(name: str, top: Path, left_out: Tally) -> bool:
