@@ -172,6 +172,8 @@ def _write_shard(job: _Job) -> list[str]:
             described = describe_tar(partial, str(job.path))
             partial.replace(job.path)
             write_sidecar(str(job.path), index_file(str(job.path)), *described)
+        else:
+            job.path.unlink(missing_ok=True)  # with what the images were before they changed
     return left_out
 
 

@@ -67,6 +67,16 @@ def test_an_image_that_was_left_out_is_packed_when_it_is_whole(folder, tmp_path)
     assert images_of(tmp_path / "out") == on_disk(folder)
 
 
+def test_a_shard_whose_images_are_all_damaged_now_is_removed(folder, tmp_path):
+    sources = read_sources(str(folder)).sources[:3]
+    build_shards({"data": sources}, tmp_path / "out", [], WriteOptions(3, skip_undecodable=True))
+    for source in sources:
+        source.path.write_bytes(b"damage")
+    sources = read_sources(str(folder)).sources[:3]
+    built = build_shards({"data": sources}, tmp_path / "out", [], WriteOptions(3, skip_undecodable=True))
+    assert not built.shards and len(built.left_out) == 3 and not list((tmp_path / "out").glob("*.tar*"))
+
+
 def test_builds_of_older_versions_are_continued(folder, tmp_path):
     """Their plans hold no stamps: images that are newer than their shard have changed."""
     build(folder, tmp_path / "out")
