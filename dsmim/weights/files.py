@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,9 @@ PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 CONTAINERS = ("model", "state_dict", "module")  # DeiT, MAE, Swin, BEiT; Lightning, timm; DeepSpeed, BEiT v2
 
 
-class _Settings(dict):
-    """Stands for the settings that microsoft's trainings save beside the weights (a yacs CfgNode), without code."""
-
-    def __setstate__(self, state: Any) -> None:
-        """Ignore the object's flags."""
-
-
-# Classes that files of DeiT, MAE, BEiT (options) and of Swin, SimMIM (settings) need, each with the name in the file
-_HARMLESS = (argparse.Namespace, (_Settings, "yacs.config.CfgNode"))
+# What the authors' trainings save beside the weights: the options of DeiT, MAE and BEiT, and the settings of Swin
+# and SimMIM, which are a dict of yacs. An OrderedDict stands for it: it holds the items, and no code of yacs is needed.
+_HARMLESS = (argparse.Namespace, (OrderedDict, "yacs.config.CfgNode"))
 
 
 def warm_start(model: nn.Module, path: Path | str, head: str | None = None) -> tuple[LoadReport, State]:
