@@ -23,6 +23,7 @@ from dsmim.models import create_model, timm_arguments
 from dsmim.models.foreign import PREFIX
 from dsmim.models.swin_v2 import SwinTransformerV2
 from dsmim.recipe import Recipe
+from dsmim.shards.atomic import write_atomically
 from dsmim.weights import for_timm, layouts
 from dsmim.weights.match import State
 
@@ -72,14 +73,15 @@ def _timm_folder(recipe: Recipe, weights: State, out: Path) -> tuple[State, dict
     state, left_out = _encoder(weights)
     config = for_timm.config(recipe, *_timm_arguments(recipe), _classes(recipe))
     out.mkdir(parents=True, exist_ok=True)
-    (out / for_timm.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    write_atomically(out / for_timm.CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     unnamed = "" if "label_names" in config or recipe.task.name != "classify" else for_timm.UNNAMED
     how_to_load = f"timm.create_model({f'local-dir:{out}'!r}, pretrained=True)"
     return state, _timm_metadata(recipe), left_out + unnamed + how_to_load
 
 
 def _timm_arguments(recipe: Recipe) -> tuple[str, dict[str, Any]]:
-    entry, arguments = timm_arguments(recipe.model.name, num_classes=_classes(recipe), **_settings(recipe))
+    name, options = recipe.model.name, recipe.model.options
+    entry, arguments = timm_arguments(name, num_classes=_classes(recipe), options=options, **_settings(recipe))
     return entry, {key: value for key, value in arguments.items() if value is not None}
 
 
@@ -97,7 +99,7 @@ def _code(value: Any) -> str:
 
 
 def _dsmim(recipe: Recipe, weights: State, out: Path) -> tuple[State, dict[str, str], str]:
-    arguments = {"name": recipe.model.name, "num_classes": _classes(recipe), **_settings(recipe)}
+    arguments = {"name": recipe.model.name, "num_classes": _classes(recipe), **_settings(recipe)} | recipe.model.options
     metadata = {"architecture": recipe.model.name, "model_args": json.dumps(arguments)}
     return weights, metadata, f"dsmim train RECIPE model.weights={out}"
 
@@ -159,7 +161,7 @@ def _encoder(weights: State, whose: str = "timm") -> tuple[State, str]:
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """Return the settings of recipe.model that shape the network, without those that are not set."""
     found = recipe.model.model_dump(include=set(_SETTINGS))
-    return {key: value for key, value in found.items() if value} | recipe.model.options
+    return {key: value for key, value in found.items() if value}
 
 
 def _learned(recipe: Recipe) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import split_model_name_tag
 
 from dsmim.data.normalisation import normalisation
 from dsmim.recipe import Recipe
@@ -41,7 +40,6 @@ def config(recipe: Recipe, entry: str, arguments: dict[str, Any], classes: int) 
 
     Raises ValueError for arguments that JSON cannot hold.
     """
-    architecture, _ = split_model_name_tag(entry)
     odd = [key for key, value in arguments.items() if isinstance(value, type)]
     if odd:
         raise ValueError(
@@ -52,7 +50,7 @@ def config(recipe: Recipe, entry: str, arguments: dict[str, Any], classes: int) 
     kept = {key: network[key] for key in _OF_THE_NETWORK if key in network}
     names = label_names(recipe)
     return {
-        "architecture": architecture,
+        "architecture": entry.partition(".")[0],
         "num_classes": classes,
         "model_args": arguments,
         "pretrained_cfg": kept | preparation(recipe, classes),
