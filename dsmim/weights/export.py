@@ -23,7 +23,6 @@ from dsmim.models import create_model, timm_arguments
 from dsmim.models.foreign import PREFIX
 from dsmim.models.swin_v2 import SwinTransformerV2
 from dsmim.recipe import Recipe
-from dsmim.shards.atomic import write_atomically
 from dsmim.weights import for_timm, layouts
 from dsmim.weights.match import State
 
@@ -72,8 +71,7 @@ def _timm_folder(recipe: Recipe, weights: State, out: Path) -> tuple[State, dict
     """Write config.json too."""
     state, left_out = _encoder(weights)
     config = for_timm.config(recipe, *_timm_arguments(recipe), _classes(recipe))
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / for_timm.CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    for_timm.write(config, out)
     unnamed = "" if "label_names" in config or recipe.task.name != "classify" else for_timm.UNNAMED
     how_to_load = f"timm.create_model({f'local-dir:{out}'!r}, pretrained=True)"
     return state, _timm_metadata(recipe), left_out + unnamed + how_to_load

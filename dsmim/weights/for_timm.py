@@ -14,6 +14,7 @@ import timm
 
 from dsmim.data.normalisation import normalisation
 from dsmim.recipe import Recipe
+from dsmim.shards.atomic import write_atomically
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 """timm's names of the two files of a folder."""
@@ -55,6 +56,11 @@ def config(recipe: Recipe, entry: str, arguments: dict[str, Any], classes: int) 
         "model_args": arguments,
         "pretrained_cfg": kept | preparation(recipe, classes),
     } | ({"label_names": names} if names else {})
+
+
+def write(content: dict[str, Any], folder: Path) -> None:
+    """Write config.json, whole or not at all; create the folder if it is missing."""
+    write_atomically(folder / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def label_names(recipe: Recipe) -> list[str]:
