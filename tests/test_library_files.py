@@ -89,7 +89,7 @@ def test_windows_that_a_file_does_not_say_are_warned_of(tmp_path):
         (SWIN | {"eval_interpolation": "cubic"},
          "dsmim.load: eval_interpolation: input should be 'bilinear' or 'bicubic' (given: 'cubic')"),
         (SWIN | {"eval_crop_ratio": 0}, "dsmim.load: eval_crop_ratio: input should be greater than 0 (given: 0)"),
-        (SWIN | {"num_class": 5}, "dsmim.load has no setting num_class; with name= there are img_size, window_size"),
+        (SWIN | {"num_class": 5}, "dsmim.load has no setting num_class; with name= there are img_size, "),
         (SWIN | {"name": "swinv2_tiny"}, "swin.pth: has [1, 2, 4, 8] heads per stage"),
         (SWIN | {"ema": True}, "swin.pth: ema=True is for runs and checkpoints"),
     ],

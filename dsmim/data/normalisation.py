@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import timm
 import torch
 from timm.data import resolve_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import is_model, resolve_pretrained_cfg, split_model_name_tag
 
 from dsmim.models.foreign import PREFIX
 from dsmim.recipe import Data, Model, Recipe
@@ -99,10 +99,9 @@ def as_stored(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def _of_timm(model: Model) -> Normalisation:
     """Return what timm's own resolve_data_config gives for the network that these settings build."""
-    entry, tag = split_model_name_tag(model.name.removeprefix(PREFIX))
-    if not is_model(entry):
-        return IMAGENET  # create_model says so
-    chosen = model.options.get("pretrained_cfg") or tag
-    config = resolve_pretrained_cfg(entry, chosen, model.options.get("pretrained_cfg_overlay"))
+    entry = model.name.removeprefix(PREFIX)
+    config = timm.get_pretrained_cfg(entry) if timm.is_model(entry) else None
+    if config is None:
+        return IMAGENET  # an unknown name; create_model says so
     found = resolve_data_config(pretrained_cfg=config.to_dict())
     return Normalisation(tuple(found["mean"]), tuple(found["std"]))

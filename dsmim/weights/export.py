@@ -72,15 +72,15 @@ def _timm_folder(recipe: Recipe, weights: State, out: Path) -> tuple[State, dict
     """Write config.json too."""
     state, left_out = _encoder(weights)
     config = for_timm.config(recipe, *_timm_arguments(recipe), _classes(recipe))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / for_timm.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    for_timm.write(config, out)
     unnamed = "" if "label_names" in config or recipe.task.name != "classify" else for_timm.UNNAMED
     how_to_load = f"timm.create_model({f'local-dir:{out}'!r}, pretrained=True)"
     return state, _timm_metadata(recipe), left_out + unnamed + how_to_load
 
 
 def _timm_arguments(recipe: Recipe) -> tuple[str, dict[str, Any]]:
-    entry, arguments = timm_arguments(recipe.model.name, num_classes=_classes(recipe), **_settings(recipe))
+    name, options = recipe.model.name, recipe.model.options
+    entry, arguments = timm_arguments(name, num_classes=_classes(recipe), options=options, **_settings(recipe))
     return entry, {key: value for key, value in arguments.items() if value is not None}
 
 
@@ -98,7 +98,7 @@ def _code(value: Any) -> str:
 
 
 def _dsmim(recipe: Recipe, weights: State, out: Path) -> tuple[State, dict[str, str], str]:
-    arguments = {"name": recipe.model.name, "num_classes": _classes(recipe), **_settings(recipe)}
+    arguments = {"name": recipe.model.name, "num_classes": _classes(recipe), **_settings(recipe)} | recipe.model.options
     metadata = {"architecture": recipe.model.name, "model_args": json.dumps(arguments)}
     return weights, metadata, f"dsmim train RECIPE model.weights={out}"
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import split_model_name_tag
 
 from dsmim.data.normalisation import normalisation
 from dsmim.recipe import Recipe
+from dsmim.shards.atomic import write_atomically
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 """timm's names of the two files of a folder."""
@@ -41,7 +41,6 @@ def config(recipe: Recipe, entry: str, arguments: dict[str, Any], classes: int) 
 
     Raises ValueError for arguments that JSON cannot hold.
     """
-    architecture, _ = split_model_name_tag(entry)
     odd = [key for key, value in arguments.items() if isinstance(value, type)]
     if odd:
         raise ValueError(
@@ -52,11 +51,16 @@ def config(recipe: Recipe, entry: str, arguments: dict[str, Any], classes: int) 
     kept = {key: network[key] for key in _OF_THE_NETWORK if key in network}
     names = label_names(recipe)
     return {
-        "architecture": architecture,
+        "architecture": entry.partition(".")[0],
         "num_classes": classes,
         "model_args": arguments,
         "pretrained_cfg": kept | preparation(recipe, classes),
     } | ({"label_names": names} if names else {})
+
+
+def write(content: dict[str, Any], folder: Path) -> None:
+    """Write config.json, whole or not at all; create the folder if it is missing."""
+    write_atomically(folder / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def label_names(recipe: Recipe) -> list[str]:

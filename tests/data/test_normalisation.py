@@ -55,7 +55,6 @@ SMALL = {"embed_dim": 32, "depth": 1, "num_heads": 2}
         ("vit_base_patch16_224", SMALL),
         ("vit_base_patch16_224.mae", SMALL),
         ("vit_base_patch16_clip_224.openai", SMALL),
-        ("vit_base_patch16_224", SMALL | {"pretrained_cfg": "mae"}),
         ("resnet18", {}),
     ],
 )
