@@ -8,6 +8,7 @@ import typing
 from pydantic import BaseModel, ValidationError
 
 from dsmim.recipe.aliases import alias, shown_number
+from dsmim.recipe.schema import Recipe
 from dsmim.recipe.section import Duration
 
 
@@ -57,18 +58,20 @@ def _line(item: dict, model: type[BaseModel]) -> str:
 
 
 def _meant(word: str, given: object, section: type[BaseModel] | None, model: type[BaseModel]) -> str:
-    """Return the end of a message about an unknown key: its name here, if other programs call it so or if it is in
-    another section; else the most similar key of its section, or all of them."""
+    """Return the end of a message about an unknown key: in a recipe its name there, if other programs call it so or if
+    it is in another section; else the most similar key of its section, or all of them."""
     fields = section.model_fields if section else {}
     lengths = [
         name for name, field in fields.items() if any(issubclass(o, Duration) for o in _sections(field.annotation))
     ]
     if lengths and word in Duration.model_fields:
         return f"; did you mean {lengths[0]}={{{word}: {shown_number(given)}}}?"
+    if model is not Recipe:
+        return nearest(word, list(fields))
     if name := alias(word, given):
         return f"; did you mean {name}?"
-    others = [key for key in keys_of(model) if key.rsplit(".", 1)[-1] == word]
-    tasks = [_tag(one) for one in _sections(model.model_fields["task"].annotation) if word in one.model_fields]
+    others = [key for key in keys_of(Recipe) if key.rsplit(".", 1)[-1] == word]
+    tasks = [_tag(one) for one in _sections(Recipe.model_fields["task"].annotation) if word in one.model_fields]
     if others == [f"task.{word}"] and section is not None and _tag(section) is not None:
         return f"; it is a key of task.name={tasks[0]}"
     if len(others) == 1:

@@ -127,6 +127,19 @@ def test_other_programs_names_and_keys_of_other_sections_are_told(tmp_path, key,
     assert problems_of(tree) == [f"{key}: unknown key; did you mean {name}?"]
 
 
+def test_other_descriptions_than_a_recipe_are_not_told_the_recipe_s_keys():
+    from pydantic import ValidationError
+
+    from dsmim.cluster.profile import Profile
+    from dsmim.recipe.errors import explain
+
+    with pytest.raises(ValidationError) as caught:
+        Profile.model_validate({"batch_size": 8, "acount": "me"})
+    lines = explain(caught.value, Profile)
+    assert any(line == "acount: unknown key; did you mean account?" for line in lines)
+    assert not any("batch." in line for line in lines)
+
+
 def test_every_alias_names_keys_that_exist():
     from dsmim.recipe.aliases import ALIASES
     from dsmim.recipe.errors import keys_of
