@@ -42,10 +42,12 @@ def normalised_target(images: torch.Tensor, window: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["swinv2_nano", "deit3_nano_patch16"])
-@pytest.mark.parametrize(("window", "tolerance"), [(None, 1.2e-7), (WINDOW, 5.2e-6)])
+@pytest.mark.parametrize(("window", "tolerance"), [(None, 1e-6), (WINDOW, 2e-5)])
 def test_the_loss_in_float64(name, window, tolerance):
-    """The tolerances are what the authors' code and ours differed by."""
+    """Up to rounding in fp32. These are not the figures of docs/models.md, which compare two codes on photographs: half
+    of one image here is flat and bright, where the variance loses most digits (5.7e-6 was seen with a window)."""
     random.seed(0)
+    torch.manual_seed(0)
     options = {"img_size": 192} | ({"window_size": 12} if name.startswith("swin") else {})
     model = perturbed(SimMIM(create_model(name, **options), window)).eval()
     images = normalise(photographs())
