@@ -40,6 +40,7 @@ def patience(seconds: float) -> float:
 
 def pytest_configure() -> None:
     patience(1)  # a wrong factor is reported once, before any test
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
 
 
 def image_bytes(number: int, side: int = 40, kind: str = "PNG") -> bytes:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from dsmim.data.from_recipe import class_items
 from dsmim.recipe import Data
 from dsmim.shards.classes import CLASSES, read_names
 from dsmim.shards.remote import is_remote
@@ -19,7 +20,7 @@ def class_names(data: Data, classes: int, file: Path | None = None) -> list[str]
     ValueError when it is no list of names (see read_names), or has not one name for each class.
     """
     found = [file] if file is not None else _beside(data.train) or _beside(data.val)
-    lists = {path: list(read_names(path)) for path in found}
+    lists = {path: _in_use(list(read_names(path)), data, classes) for path in found}
     for path, names in lists.items():
         if len(names) != classes:
             raise ValueError(
@@ -29,6 +30,14 @@ def class_names(data: Data, classes: int, file: Path | None = None) -> list[str]
         if names != lists[found[0]]:
             raise ValueError(f"{path} and {found[0]} list other classes; give one of them by --classes FILE")
     return lists[found[0]] if found else []
+
+
+def _in_use(names: list[str], data: Data, classes: int) -> list[str]:
+    """Return the names of the classes that data.classes leaves, in its order. A list of these alone stays as it is."""
+    if data.classes is None or len(names) == classes:
+        return names
+    items = class_items(data.classes)
+    return [names[int(item)] if str(item).isdigit() and int(item) < len(names) else str(item) for item in items]
 
 
 def _beside(patterns: str | list[str] | None) -> list[Path]:

@@ -69,6 +69,7 @@ class EvalDataset(Dataset):
 
     def __init__(self, reader: ShardReader, transform: SampleTransform, classes: int | None):
         self.reader, self.transform, self.classes = reader, transform, classes
+        self.max_pixels = reader.max_pixels
         self.ends = np.cumsum([index.samples for index in reader.shards])
         self._shard: int | None = None
 
@@ -80,7 +81,7 @@ class EvalDataset(Dataset):
 
     def __getitems__(self, items: list[tuple[int, float]]) -> list[dict[str, Any]]:
         """Return the samples of a batch of (sample number, weight), as DataLoader requests them."""
-        with own_stream(), pixel_limit(self.reader.max_pixels):
+        with own_stream(), pixel_limit(self.max_pixels):
             return [self._sample(*item) for item in items]
 
     def name(self, sample: int) -> tuple[str, str]:

@@ -26,7 +26,7 @@ def training_shards(data: Data) -> list[ShardIndex]:
     Raises ValueError when an index is missing, or no sample has one of the classes.
     """
     patterns = required(data.train, "data.train")
-    shards = open_shards(patterns, _home(data.index_dir), "data.train", _home(data.subset), data.allow_pipe)
+    shards = open_shards(patterns, home(data.index_dir), "data.train", home(data.subset), data.allow_pipe)
     if data.classes is None:
         return shards
     numbers = _class_numbers(data.classes, shards)
@@ -41,7 +41,7 @@ def validation_shards(data: Data) -> list[ShardIndex]:
     """Open the indexes of data.val, reduced to data.classes if they are given. Raises ValueError when one is missing,
     or no sample has one of the classes."""
     patterns = required(data.val, "data.val")
-    shards = open_shards(patterns, _home(data.index_dir), "data.val", allow_pipe=data.allow_pipe)
+    shards = open_shards(patterns, home(data.index_dir), "data.val", allow_pipe=data.allow_pipe)
     if data.classes is None:
         return shards
     numbers = _class_numbers(data.classes, shards)
@@ -68,7 +68,7 @@ def open_reader(data: Data, shards: list[ShardIndex], window: int) -> ShardReade
     image_key = data.image_key and data.image_key.lower()
     if not any(is_remote(shard.tar) for shard in shards):
         return ShardReader(shards, None, 2 * window, image_key, data.max_pixels)
-    folder = _home(required(data.cache_dir, "data.cache_dir"))
+    folder = home(required(data.cache_dir, "data.cache_dir"))
     needed = sum(sorted(shard.tar_bytes for shard in shards)[-2 * window :])
     if needed > data.cache_gb * GB:
         raise ValueError(
@@ -80,14 +80,19 @@ def open_reader(data: Data, shards: list[ShardIndex], window: int) -> ShardReade
     )
 
 
-def _home(path: str | None) -> str | None:
+def home(path: str | None) -> str | None:
     """Expand the ~ of a path in a recipe, which no shell has seen. (Patterns of shards: opening.expand.)"""
     return path and os.path.expanduser(path)  # noqa: PTH111 - '' and a trailing slash stay as they are
 
 
+def class_items(classes: str | list[int | str]) -> list[int | str]:
+    """Return the names and numbers that data.classes lists, itself or in a file."""
+    return list(read_names(Path(home(classes)))) if isinstance(classes, str) else classes
+
+
 def _class_numbers(classes: str | list[int | str], shards: list[ShardIndex]) -> tuple[int, ...]:
     """Return the class numbers that data.classes means. Raises ValueError for unknown names and for repetitions."""
-    items = read_names(Path(_home(classes))) if isinstance(classes, str) else classes
+    items = class_items(classes)
     names = [item for item in items if not str(item).isdigit()]
     known = _names_beside(shards, names[0]) if names else {}
     if unknown := [name for name in names if name not in known]:

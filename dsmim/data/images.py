@@ -9,7 +9,7 @@ from typing import Any
 
 from dsmim.data.dataset import EvalDataset, SampleTransform
 from dsmim.data.decode import Undecodable
-from dsmim.data.from_recipe import open_reader
+from dsmim.data.from_recipe import home, open_reader
 from dsmim.data.order import stream_key
 from dsmim.data.streams import reseed
 from dsmim.recipe import Data
@@ -25,8 +25,8 @@ class ImageFiles(EvalDataset):
     """Image files without labels, each once, in the given order. The random stream of one (its mask) depends on the
     file's name without extension, as that of a shard's sample depends on its key."""
 
-    def __init__(self, paths: list[str], transform: SampleTransform):
-        self.paths, self.transform, self.classes = paths, transform, None
+    def __init__(self, paths: list[str], transform: SampleTransform, max_pixels: int):
+        self.paths, self.transform, self.classes, self.max_pixels = paths, transform, None, max_pixels
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -54,11 +54,11 @@ def open_images(inputs: list[str], data: Data, transform: SampleTransform) -> Ev
     """
     shards = [word for word in inputs if names_shards(word)]
     if not shards:
-        return ImageFiles(image_files(inputs), transform)
+        return ImageFiles(image_files(inputs), transform, data.max_pixels)
     if len(shards) < len(inputs):
         files = next(word for word in inputs if word not in shards)
         raise ValueError(f"{files} is an image or a folder of images, {shards[0]} a shard; give one kind at a time")
-    indexes = open_shards(inputs, data.index_dir, "shards", allow_pipe=data.allow_pipe)
+    indexes = open_shards(inputs, home(data.index_dir), "shards", allow_pipe=data.allow_pipe)
     return EvalDataset(open_reader(data, indexes, window=1), transform, None)
 
 

@@ -40,3 +40,10 @@ def test_two_different_lists(lists):
     (lists / "b/classes.json").write_text('["dog", "cat"]')
     with pytest.raises(ValueError, match=r"b/classes\.json and a/classes\.json list other classes; give one of them"):
         class_names(Data(train=["a/t.tar", "b/t.tar"]), 2)
+
+
+def test_of_the_classes_in_use(lists):
+    (lists / "a/classes.json").write_text('["ant", "bee", "cat", "dog"]')
+    assert class_names(Data(train="a/t.tar", classes=["dog", 1]), 2) == ["dog", "bee"]
+    (lists / "used.txt").write_text("cat\nant\nbee\n")
+    assert class_names(Data(train="a/t.tar", classes="used.txt"), 3) == ["cat", "ant", "bee"]
