@@ -26,7 +26,7 @@ setup(
         "torch>=2.8",
         "torchvision>=0.23",
         "timm>=1.0.22,<1.1",
-        "deepspeed>=0.19.6,<0.20",
+        "deepspeed>=0.19.8,<0.20",
         "mpi4py>=4.1",
         "webdataset>=1.0",
         "pyyaml>=6",
@@ -44,7 +44,7 @@ setup(
         "peers": ["grain>=0.2.16", "megatron-energon>=7", "webdataset>=1.0", "datasets>=5", "torchdata>=0.11"],
         "test": [
             *REMOTE,
-            "moto[s3,server]>=5",
+            "moto[s3,server]>=5.0.20",
             "pytest>=8",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",

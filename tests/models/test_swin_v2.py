@@ -1,7 +1,9 @@
 """Swin V2 against timm's: outputs, gradients, first weights, extra norms."""
 
 import pytest
+import timm
 import torch
+from packaging.version import Version
 from timm.models.swin_transformer_v2 import SwinTransformerV2 as Timm
 from torch.nn import functional as F
 
@@ -19,9 +21,14 @@ def pair(img_size: int, window_size: int, pretrained=None, **options):
     return ours, theirs
 
 
+PADDED = pytest.mark.skipif(
+    Version(timm.__version__) < Version("1.0.31"), reason="timm's Swin V2 fails where the window does not divide the map"
+)
+
+
 @pytest.mark.parametrize(
     ("img_size", "window", "pretrained"),
-    [(64, 4, None), (96, 6, (4, 4, 4, 2)), (96, 5, None), (128, 16, None)],
+    [(64, 4, None), (96, 6, (4, 4, 4, 2)), pytest.param(96, 5, None, marks=PADDED), (128, 16, None)],
     ids=["shifted", "another pre-trained window", "padded", "clamped"],
 )
 def test_outputs_and_gradients_equal_timm_s(img_size, window, pretrained):
