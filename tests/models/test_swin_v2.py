@@ -22,7 +22,8 @@ def pair(img_size: int, window_size: int, pretrained=None, **options):
 
 
 PADDED = pytest.mark.skipif(
-    Version(timm.__version__) < Version("1.0.31"), reason="timm's Swin V2 fails where the window does not divide the map"
+    Version(timm.__version__) < Version("1.0.31"),
+    reason="timm's Swin V2 fails where the window does not divide the map",
 )
 
 
