@@ -91,7 +91,7 @@ class RunDirectory:
         start is made in another folder than the run's first; see find_shards in recorded_paths.py.
         """
         for checkpoint in reading.candidates(self.checkpoints):
-            with suppress(ValueError):  # open() says what is wrong with it
+            with suppress(ValueError, KeyError):  # open() says what is wrong with it
                 state = reading.read_state(checkpoint)
                 return find_recipe_shards(settled(recipe, Recipe.model_validate(state["recipe"])), state)
         return settled(recipe)

@@ -46,6 +46,11 @@ class _Popen(Popen):
             os.waitpid(self.pid, 0)
         raise OSError(f"no data worker started in {ATTEMPTS} forks of {PATIENCE:.0f} s each")
 
+    def terminate(self) -> None:
+        """Kill the process: data workers ignore SIGTERM, which Slurm sends to every process of a step, and a program
+        waits at its end for what it has terminated."""
+        self._send_signal(signal.SIGKILL)
+
     def _starts(self, process: BaseProcess) -> bool:
         global _report_to
         reading, _report_to = os.pipe()

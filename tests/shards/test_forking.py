@@ -82,3 +82,23 @@ def alive(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+LEFT = """
+import signal, time
+from dsmim.shards.forking import ForkContext
+
+def work():
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    print("ready", flush=True)
+    while True:
+        time.sleep(60)
+
+process = ForkContext().Process(target=work, daemon=True)
+process.start()
+time.sleep(1)
+"""
+
+
+def test_a_program_ends_although_a_worker_ignores_sigterm():
+    assert run("python", "-c", LEFT).stdout == "ready\n"
