@@ -79,8 +79,7 @@ def _timm_folder(recipe: Recipe, weights: State, out: Path) -> tuple[State, dict
 
 
 def _timm_arguments(recipe: Recipe) -> tuple[str, dict[str, Any]]:
-    name, options = recipe.model.name, recipe.model.options
-    entry, arguments = timm_arguments(name, num_classes=_classes(recipe), options=options, **_settings(recipe))
+    entry, arguments = timm_arguments(recipe.model.name, num_classes=_classes(recipe), **_settings(recipe))
     return entry, {key: value for key, value in arguments.items() if value is not None}
 
 
@@ -98,7 +97,7 @@ def _code(value: Any) -> str:
 
 
 def _dsmim(recipe: Recipe, weights: State, out: Path) -> tuple[State, dict[str, str], str]:
-    arguments = {"name": recipe.model.name, "num_classes": _classes(recipe), **_settings(recipe)} | recipe.model.options
+    arguments = {"name": recipe.model.name, "num_classes": _classes(recipe), **_settings(recipe)}
     metadata = {"architecture": recipe.model.name, "model_args": json.dumps(arguments)}
     return weights, metadata, f"dsmim train RECIPE model.weights={out}"
 

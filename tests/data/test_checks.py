@@ -24,8 +24,8 @@ def labelled(tar: Path, labels: list[int | str | None], first: int = 0) -> Path:
     return tar
 
 
-def recipe(folder: Path, classes: int = 3, val: str | None = "val-*.tar", **data):
-    tree = tiny_recipe(folder, task={"name": "classify", "num_classes": classes})
+def recipe(folder: Path, num_classes: int = 3, val: str | None = "val-*.tar", **data):
+    tree = tiny_recipe(folder, task={"name": "classify", "num_classes": num_classes})
     tree["data"] |= {"val": val and f"{folder}/{val}", **data}
     return tree
 

@@ -266,7 +266,7 @@ def test_the_pixel_limit_is_a_setting(tmp_path):
     assert {data[position]["key"] for position in range(2)} == {"a", "b"}
     assert before == Image.MAX_IMAGE_PIXELS
     report = tmp_path / "report.jsonl"
-    assert len(verify_all([str(tar)], None, 1, True, report)) == 1
-    assert verify_all([str(tar)], None, 1, True, report, max_pixels=side * side) == []
+    assert len(verify_all([str(tar)], None, 1, True, report).problems) == 1
+    assert verify_all([str(tar)], None, 1, True, report, max_pixels=side * side).problems == []
     settings = Data(train=str(tar), max_pixels=side * side)
     assert open_reader(settings, training_shards(settings), 1).max_pixels == side * side

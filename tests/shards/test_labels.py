@@ -53,7 +53,7 @@ def test_a_reader_trains_on_the_label_of_the_index(tmp_path):
     index(tmp_path, "json:y")
     reader = ShardReader(open_shards(str(tmp_path)))
     assert [reader.label(0, row) for row in range(3)] == [4, 2, -1]
-    assert verify_shard(str(tmp_path / "t-0.tar")) == [
+    assert verify_shard(str(tmp_path / "t-0.tar")).problems == [
         f"{tmp_path}/t-0.tar: 1 of 3 samples have no class number (KEY.cls), the first s2"
     ]
 
@@ -73,7 +73,7 @@ def test_shards_that_come_later_keep_the_numbers(tmp_path):
     write_tar(tmp_path / "t-9.tar", [("x.png", image_bytes(0)), ("x.cls", b"cat")])
     index(tmp_path, "cls")
     assert labels(tmp_path) == [2, 0, 1, 1]
-    write_tar(tmp_path / "t-9.tar", [("x.png", image_bytes(0)), ("x.cls", b"cow")])
+    write_tar(tmp_path / "t-8.tar", [("y.png", image_bytes(0)), ("y.cls", b"cow")])
     with pytest.raises(ValueError, match=r"classes\.json: does not list 1 of the classes, such as 'cow'; remove it"):
         index(tmp_path, "cls")
 
@@ -148,7 +148,7 @@ def test_labels_that_no_sample_has_are_a_warning(tmp_path):
 
 def test_wrong_specifications():
     for spec in ("a/b", "json:", "xml:label", "two words"):
-        with pytest.raises(ValueError, match="give cls or another extension, json:FIELD, folder"):
+        with pytest.raises(ValueError, match=r"give cls \(or another extension\), json:FIELD, folder"):
             checked_spec(spec)
     with pytest.raises(ValueError, match="cannot be read"):
         checked_spec("nowhere.csv")
@@ -174,4 +174,4 @@ def test_an_image_key_makes_samples_of_what_was_left_out(tmp_path):
     write_tar(tmp_path / "t.tar", [(f"s{n}.input.jpg", image_bytes(n)) for n in range(3)])
     said = dsmim("shards", "index", tmp_path / "t.tar", "--image-key", "input.jpg").stdout
     assert "1 shards, 3 samples" in said and "left out" not in said
-    assert verify_shard(str(tmp_path / "t.tar"), decode_images=False) == []
+    assert verify_shard(str(tmp_path / "t.tar"), decode_images=False) == ([], {})
