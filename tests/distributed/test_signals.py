@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dsmim.shards.index import write_index
+from dsmim.shards.index import describe_tar, index_file, write_sidecar
 from tests.conftest import dsmim, make_shards, patience, two_ranks
 from tests.distributed.runs import assert_same_bytes, metrics, ranks, wait_for, write_recipe
 
@@ -75,7 +75,8 @@ def test_stopped_while_waiting_for_data_and_in_validation(tmp_path, gated):
     dsmim("train", recipe, "--run-dir", tmp_path / "straight")
     indexes, piped = tmp_path / "indexes", []
     for kind in ("train", "val"):
-        write_index(pipe := f"pipe:sh {gated}/{kind}.sh", indexes, copy=plain / f"{kind}-000.tar")
+        pipe = f"pipe:sh {gated}/{kind}.sh"
+        write_sidecar(pipe, index_file(pipe, indexes), *describe_tar(plain / f"{kind}-000.tar", pipe))
         piped.append(f"data.{kind}={pipe}")
     command = (
         "train", recipe, "--run-dir", tmp_path / "stopped", *piped, "data.allow_pipe=true", "data.workers=1",
