@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dsmim.checkpoint.zero_shards import ZeroShards, read_weights
+from dsmim.log import counted
 from tests.conftest import ROOT, run
 from tests.distributed import fork_worker
 from tests.distributed.elastic_worker import KEYS, SAVED_AT, STAGES, STEPS, WORLDS, source_name, target
@@ -68,7 +69,7 @@ def test_a_run_resumes_with_another_size_and_stage(out, world, stage):
     assert_same_state(truth, found)
     assert found["losses"] == pytest.approx(truth["losses"], rel=2e-6) and len(truth["losses"]) == STEPS - SAVED_AT
     (said,) = found["said"]
-    assert said.startswith(f"converting {source} of {world} ranks at ZeRO stage {stage} to ")
+    assert said.startswith(f"converting {source} of {counted(world, 'rank')} at ZeRO stage {stage} to ")
 
 
 def test_every_size_resumes_with_every_other():
