@@ -60,13 +60,18 @@ class TarSource:
     """Digest of the tar."""
 
     def members(self) -> dict[str, bytes]:
-        """Return extension → bytes. Raises ValueError when the tar has changed since it was indexed."""
+        """Return extension → bytes, with the index's class number as cls wherever it comes from. Raises ValueError when
+        the tar has changed since it was indexed."""
         with Path(self.tar).open("rb") as file:
             key, members = read_sample(file, self.offset, self.length, self.links)
         if key != self.key:
             fix = f"run: dsmim shards index --force {shlex.quote(self.tar)}"
             raise ValueError(f"{self.tar}: has changed since it was indexed; {fix}")
-        return {extension: bytes(data) for extension, data in members.items()}
+        found = {extension: bytes(data) for extension, data in members.items()}
+        stored = found.get("cls", b"").strip()
+        if self.label is not None and not (stored.isdigit() and int(stored) == self.label):
+            found["cls"] = str(self.label).encode()
+        return found
 
 
 Source = FileSource | TarSource

@@ -175,3 +175,12 @@ def test_an_image_key_makes_samples_of_what_was_left_out(tmp_path):
     said = dsmim("shards", "index", tmp_path / "t.tar", "--image-key", "input.jpg").stdout
     assert "1 shards, 3 samples" in said and "left out" not in said
     assert verify_shard(str(tmp_path / "t.tar"), decode_images=False) == ([], {})
+
+
+def test_a_build_keeps_the_labels_of_the_index(tmp_path):
+    tars(tmp_path / "in", [['{"y": 4}', '{"y": 2}', "{}"]])
+    index(tmp_path / "in", "json:y")
+    dsmim("shards", "build", tmp_path / "in", tmp_path / "out")
+    (shard,) = open_shards(str(tmp_path / "out"))
+    table = shard.table()
+    assert dict(zip(table.keys, table.labels.tolist(), strict=True)) == {"s0": 4, "s1": 2, "s2": -1}
