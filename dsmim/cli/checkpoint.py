@@ -34,7 +34,8 @@ def add_export(commands) -> None:
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Add the argument that names a checkpoint, and the choice of its weights."""
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory (its newest valid checkpoint)")
-    parser.add_argument("--ema", action="store_true", help="use the moving average of the weights (optim.ema_decay)")
+    about = "use the moving average of the weights (optim.ema_decay)"
+    parser.add_argument("--ema", dest="which", action="store_const", const="ema", default="fp32", help=about)
 
 
 def add_classes(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +51,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     from dsmim.cluster.placement import is_first
     from dsmim.evaluate import evaluate
 
-    which = "ema" if options.ema else "fp32"
-    figures = evaluate(options.checkpoint, options.overrides, which, _measured(options))
+    figures = evaluate(options.checkpoint, options.overrides, options.which, _measured(options))
     if not is_first(os.environ):
         return
     if confusion := figures.pop("confusion", None):
@@ -80,4 +80,4 @@ def _measured(options: argparse.Namespace):
 def _export(options: argparse.Namespace) -> None:
     from dsmim.weights.export import export
 
-    print(export(options.checkpoint, options.out, options.to, "ema" if options.ema else "fp32"))
+    print(export(options.checkpoint, options.out, options.to, options.which))

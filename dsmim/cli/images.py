@@ -52,9 +52,7 @@ def run_predict(options: argparse.Namespace) -> None:
     if not images:
         raise ValueError("predict: no images given; give image files, folders, or shards (.tar)")
     check_output(options.out)
-    found = predict(
-        options.checkpoint, images, overrides, options.top, "ema" if options.ema else "fp32", options.classes
-    )
+    found = predict(options.checkpoint, images, overrides, options.top, options.which, options.classes)
     if not is_first(os.environ):
         return
     write_predictions(found, options.out)
@@ -69,8 +67,8 @@ def _reconstruct(options: argparse.Namespace) -> None:
 
     check_output(options.out)
     images, overrides = _divided(options)
-    which, wanted = "ema" if options.ema else "fp32", options.count or max(DRAWN, len(images))
-    drawings, there, faults = reconstruct(options.checkpoint, images, overrides, wanted, which)
+    wanted = options.count or max(DRAWN, len(images))
+    drawings, there, faults = reconstruct(options.checkpoint, images, overrides, wanted, options.which)
     for fault in faults:
         print(f"undecodable image left out: {fault}", file=sys.stderr)
     save(drawings, options.out, f"Reconstructions by {options.checkpoint}")

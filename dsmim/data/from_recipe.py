@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ def training_shards(data: Data) -> list[ShardIndex]:
     Raises ValueError when an index is missing, or no sample has one of the classes.
     """
     patterns = required(data.train, "data.train")
-    shards = open_shards(patterns, home(data.index_dir), "data.train", home(data.subset), data.allow_pipe)
+    shards = open_shards(patterns, data.index_dir, "data.train", data.subset, data.allow_pipe)
     if data.classes is None:
         return shards
     numbers = _class_numbers(data.classes, shards)
@@ -41,7 +40,7 @@ def validation_shards(data: Data) -> list[ShardIndex]:
     """Open the indexes of data.val, reduced to data.classes if they are given. Raises ValueError when one is missing,
     or no sample has one of the classes."""
     patterns = required(data.val, "data.val")
-    shards = open_shards(patterns, home(data.index_dir), "data.val", allow_pipe=data.allow_pipe)
+    shards = open_shards(patterns, data.index_dir, "data.val", allow_pipe=data.allow_pipe)
     if data.classes is None:
         return shards
     numbers = _class_numbers(data.classes, shards)
@@ -68,7 +67,7 @@ def open_reader(data: Data, shards: list[ShardIndex], window: int) -> ShardReade
     image_key = data.image_key and data.image_key.lower()
     if not any(is_remote(shard.tar) for shard in shards):
         return ShardReader(shards, None, 2 * window, image_key, data.max_pixels)
-    folder = home(required(data.cache_dir, "data.cache_dir"))
+    folder = required(data.cache_dir, "data.cache_dir")
     needed = sum(sorted(shard.tar_bytes for shard in shards)[-2 * window :])
     if needed > data.cache_gb * GB:
         raise ValueError(
@@ -80,14 +79,9 @@ def open_reader(data: Data, shards: list[ShardIndex], window: int) -> ShardReade
     )
 
 
-def home(path: str | None) -> str | None:
-    """Expand the ~ of a path in a recipe, which no shell has seen. (Patterns of shards: opening.expand.)"""
-    return path and os.path.expanduser(path)  # noqa: PTH111 - '' and a trailing slash stay as they are
-
-
 def class_items(classes: str | list[int | str]) -> list[int | str]:
     """Return the names and numbers that data.classes lists, itself or in a file."""
-    return list(read_names(Path(home(classes)))) if isinstance(classes, str) else classes
+    return list(read_names(Path(classes))) if isinstance(classes, str) else classes
 
 
 def _class_numbers(classes: str | list[int | str], shards: list[ShardIndex]) -> tuple[int, ...]:

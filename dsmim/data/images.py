@@ -9,7 +9,7 @@ from typing import Any
 
 from dsmim.data.dataset import EvalDataset, SampleTransform
 from dsmim.data.decode import Undecodable
-from dsmim.data.from_recipe import home, open_reader
+from dsmim.data.from_recipe import open_reader
 from dsmim.data.order import stream_key
 from dsmim.data.streams import reseed
 from dsmim.recipe import Data
@@ -58,7 +58,7 @@ def open_images(inputs: list[str], data: Data, transform: SampleTransform) -> Ev
     if len(shards) < len(inputs):
         files = next(word for word in inputs if word not in shards)
         raise ValueError(f"{files} is an image or a folder of images, {shards[0]} a shard; give one kind at a time")
-    indexes = open_shards(inputs, home(data.index_dir), "shards", allow_pipe=data.allow_pipe)
+    indexes = open_shards(inputs, data.index_dir, "shards", allow_pipe=data.allow_pipe)
     return EvalDataset(open_reader(data, indexes, window=1), transform, None)
 
 

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 from dsmim.recipe.data import MAX_PIXELS
 from dsmim.shards.extensions import is_image
-from dsmim.shards.index import describe_tar, index_file, read_index, stored_format
+from dsmim.shards.index import describe_tar, read_index, stored_format
 from dsmim.shards.opening import expand, local_copy
 from dsmim.shards.parallel import parallel
 from dsmim.shards.remote import is_remote
 from dsmim.shards.sample_format import NO_LABEL, SampleFormat
 from dsmim.shards.scan import Sample
+from dsmim.shards.sidecar import index_file
 from dsmim.shards.table import Table
 from dsmim.shards.tally import Tally
 from dsmim.shards.tar import read_sample

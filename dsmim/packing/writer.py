@@ -24,10 +24,11 @@ from dsmim.packing.sources import FileSource, Source
 from dsmim.shards.atomic import partial_file, remove_leftovers, write_atomically
 from dsmim.shards.classes import CLASSES, write_classes
 from dsmim.shards.extensions import is_image
-from dsmim.shards.index import ShardIndex, describe_tar, index_file, read_index, write_sidecar
+from dsmim.shards.index import ShardIndex, describe_tar, read_index, write_sidecar
 from dsmim.shards.locks import locked
 from dsmim.shards.parallel import parallel
 from dsmim.shards.pixels import open_rgb
+from dsmim.shards.sidecar import index_file
 
 
 @dataclass(frozen=True)

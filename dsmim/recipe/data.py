@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dsmim.recipe.section import Count, Positive, Section, Share, per_channel
+from dsmim.recipe.section import Count, Positive, Section, Share, UserPath, per_channel
 
 MAX_PIXELS = 89_478_485
 """Pillow's limit against decompression bombs: 256 MiB as RGB."""
@@ -53,16 +53,16 @@ class Data(Section):
     """Training shards: paths, globs, or brace patterns such as train-{000000..000146}.tar; http(s):// and s3:// too."""
     val: str | list[str] | None = None
     """Validation shards; null: train without validation."""
-    index_dir: str | None = None
+    index_dir: UserPath | None = None
     """Folder of the shards' indexes, if their own folder is read-only or remote; null: beside each tar."""
-    subset: str | None = None
+    subset: UserPath | None = None
     """A list of keys, written by `dsmim shards subset`: train only on these samples of data.train."""
-    classes: str | list[int | str] | None = None
+    classes: UserPath | list[int | str] | None = None
     """Train and validate on these classes alone, numbered in this order: class numbers, or names of the classes.json
     beside the indexes; or a file that lists them; null: all classes, with their own numbers."""
     image_key: Annotated[str, Field(pattern=r"^[^./][^/]*$")] | None = None
     """Extension of the member that is the image, if samples have several; null: as the shards were indexed."""
-    cache_dir: str | None = None
+    cache_dir: UserPath | None = None
     """Folder on the node that keeps copies of remote shards, shared by the node's ranks and by other runs."""
     cache_gb: Positive = 100
     """Size limit of data.cache_dir in 10^9 bytes; the least recently used shards are removed first."""

@@ -17,10 +17,8 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -28,10 +26,10 @@ from dsmim.shards.atomic import write_atomically
 from dsmim.shards.remote import is_remote
 from dsmim.shards.sample_format import DEFAULT, NO_LABEL, SampleFormat
 from dsmim.shards.scan import Contents, scan
+from dsmim.shards.sidecar import SUFFIX, index_file, shard_name
 from dsmim.shards.table import Rows, Table, labels_and_extra, pack_extra, read_extra, read_rows, renumbered
 from dsmim.shards.tar import BLOCK, read_sample
 
-SUFFIX = ".dsmi"
 VERSION = 2
 PAGE = 512  # bytes of JSON before the records
 
@@ -110,28 +108,6 @@ class ShardIndex:
         """The command to run when the shard was changed on purpose."""
         index_dir = "" if self.file == self.tar + SUFFIX else str(Path(self.file).parent)
         return _fix(self.tar, index_dir, "--force ")
-
-
-def shard_name(tar: str) -> str:
-    """Return the name of the shard's file; of a URL without its query, which changes with every signature."""
-    return _folder_and_name(tar)[1]
-
-
-def index_file(tar: str, index_dir: str | Path | None = None) -> str:
-    """Return the path of a tar's sidecar: beside the tar, or in index_dir.
-
-    In index_dir its name includes a digest of the tar's folder, since train/000.tar and val/000.tar may share one
-    index_dir. Raises ValueError for a remote tar without index_dir.
-    """
-    if not index_dir:
-        if is_remote(tar):
-            raise ValueError(
-                f"{tar}: the indexes of remote shards are kept in a local folder: data.index_dir=DIR in a recipe, "
-                f"--index-dir DIR for the shards commands; run: dsmim shards index {shlex.quote(tar)} --index-dir DIR"
-            )
-        return tar + SUFFIX
-    folder, name = _folder_and_name(tar)
-    return os.path.join(index_dir, f"{name}.{_folder_mark(folder)}{SUFFIX}")  # noqa: PTH118 - as above
 
 
 class Described(NamedTuple):
@@ -276,26 +252,6 @@ def _holds_samples(index: ShardIndex) -> bool:
     with Path(index.tar).open("rb") as file:
         rows = (0, index.stored // 2, index.stored - 1)
         return all(read_sample(file, *table.whole(row))[0] == table.keys[row] for row in rows)
-
-
-def _folder_and_name(tar: str) -> tuple[str, str]:
-    if tar.startswith("pipe:"):
-        return tar, "pipe"
-    if is_remote(tar):
-        folder, _, name = urlsplit(tar)._replace(query="", fragment="").geturl().rpartition("/")
-        return folder, name  # without the query, which changes with every signature
-    folder, name = os.path.split(tar)
-    return _resolved(folder), name
-
-
-@lru_cache(maxsize=256)
-def _resolved(folder: str) -> str:
-    return str(Path(folder).resolve())
-
-
-@lru_cache(maxsize=256)
-def _folder_mark(folder: str) -> str:
-    return hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]
 
 
 def _fix(tar: str, index_dir: str | Path | None, force: str = "") -> str:

@@ -24,10 +24,8 @@ from dsmim.shards.atomic import remove_leftovers, write_atomically
 from dsmim.shards.classes import CLASSES
 from dsmim.shards.extensions import is_image
 from dsmim.shards.index import (
-    SUFFIX,
     ShardIndex,
     describe_tar,
-    index_file,
     parse_page,
     read_index,
     stored_format,
@@ -37,6 +35,7 @@ from dsmim.shards.parallel import parallel
 from dsmim.shards.remote import check, download, fetch_small, is_remote
 from dsmim.shards.sample_format import DEFAULT, NO_LABEL, SampleFormat, number_names
 from dsmim.shards.scan import Contents
+from dsmim.shards.sidecar import SUFFIX, index_file
 from dsmim.shards.subset import apply_subset
 
 OPENERS = 16  # threads that open sidecars, if opening one waits for a metadata server
@@ -187,11 +186,11 @@ def _index_one(tar: str, index_dir: str | None, force: bool, form: SampleFormat)
 
     When its labels are names without numbers, no index is written, and None returned.
     """
-    stored = stored_format(tar, index_dir)
-    if not force and form.stored().items() <= stored.items():
+    asked = form.stored().items()
+    if not force and (not asked or asked <= stored_format(tar, index_dir).items()):
         with suppress(ValueError, FileNotFoundError):
             return read_index(tar, index_dir), Contents()
-    form = form.or_else(stored)
+    form = form.or_else(stored_format(tar, index_dir))
     if is_remote(tar) and not force and form == DEFAULT and (published := _published(tar, index_dir)):
         return published, Contents()
     with local_copy(tar) as copy:

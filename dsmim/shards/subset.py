@@ -20,10 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from dsmim.shards.atomic import remove_leftovers, write_atomically
-from dsmim.shards.index import ShardIndex, fingerprint, shard_name
+from dsmim.shards.index import ShardIndex, fingerprint
 from dsmim.shards.names import plain_key
 from dsmim.shards.parallel import parallel
 from dsmim.shards.sample_format import NO_LABEL
+from dsmim.shards.sidecar import shard_name
 from dsmim.shards.table import Rows
 
 SUFFIX = ".rows"

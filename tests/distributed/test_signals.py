@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dsmim.shards.index import describe_tar, index_file, write_sidecar
+from dsmim.shards.index import describe_tar, write_sidecar
+from dsmim.shards.sidecar import index_file
 from tests.conftest import dsmim, make_shards, patience, two_ranks
 from tests.distributed.runs import assert_same_bytes, metrics, ranks, wait_for, write_recipe
 

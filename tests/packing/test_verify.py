@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dsmim.packing.verify import verify_all, verify_shard
-from dsmim.shards.index import index_file
+from dsmim.shards.sidecar import index_file
 from tests.conftest import dsmim, image_bytes, make_shards, write_tar
 
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from dsmim.data.order import stream_key
 from dsmim.data.reader import ShardReader
 from dsmim.shards.index import fingerprint, read_index, write_index
-from dsmim.shards.index import index_file as index_name
 from dsmim.shards.names import split_member
 from dsmim.shards.opening import expand, index_all, open_shards
+from dsmim.shards.sidecar import index_file as index_name
 from dsmim.shards.subset import choose, find, read_list, write_list
 from dsmim.shards.tar import parse_sample
 from tests.conftest import image_bytes, make_shards, write_tar
