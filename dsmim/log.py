@@ -9,12 +9,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dsmim import strict_json
+
+NAMED = 10  # how many things of one kind a message names
 
 
 class Log:
@@ -148,6 +151,12 @@ def duration(seconds: float) -> str:
 def counted(number: int, noun: str, plural: str | None = None) -> str:
     """Return '1 rank' or '2 ranks'. plural: given when it is not the noun with an s, as in 'micro batches'."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def some(items: Iterable[object], total: int, most: int = NAMED) -> str:
+    """Return the first `most` of `total` items, and how many more there are."""
+    named = ", ".join(str(item) for item in islice(items, most))
+    return named if total <= most else f"{named} and {total - most} more"
 
 
 @contextmanager

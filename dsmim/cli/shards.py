@@ -152,8 +152,8 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(options) -> None:
+    from dsmim.log import some
     from dsmim.packing.classes import class_lines
-    from dsmim.packing.files import some
     from dsmim.packing.sources import count_labels, filter_sources, read_sources, split_sources
     from dsmim.packing.writer import WriteOptions, build_shards
     from dsmim.shards.subset import read_list

@@ -12,6 +12,7 @@ from dsmim.data.decode import Undecodable
 from dsmim.data.from_recipe import open_reader
 from dsmim.data.order import stream_key
 from dsmim.data.streams import reseed
+from dsmim.log import some
 from dsmim.recipe import Data
 from dsmim.shards.extensions import is_image
 from dsmim.shards.opening import names_shards, open_shards
@@ -67,9 +68,8 @@ def image_files(inputs: list[str]) -> list[str]:
     sorted. Hidden files are left out. Raises ValueError that lists the inputs without an image."""
     found = [_files(word) for word in inputs]
     if empty := [word for word, files in zip(inputs, found, strict=True) if not files]:
-        more = f" and {len(empty) - SHOWN} more" if len(empty) > SHOWN else ""
         raise ValueError(
-            f"no image found: {', '.join(empty[:SHOWN])}{more}; give image files, folders or shards (.tar)"
+            f"no image found: {some(empty, len(empty), SHOWN)}; give image files, folders or shards (.tar)"
         )
     return [path for files in found for path in files]
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from dsmim.log import some
 from dsmim.recipe import Optim
 
 
@@ -32,8 +33,8 @@ def parameter_groups(model: nn.Module, layers: dict[str, int], optim: Optim) -> 
     scalars = [name for name, parameter in model.named_parameters() if parameter.requires_grad and not parameter.ndim]
     if scalars:
         raise ValueError(
-            f"model.name: DeepSpeed cannot train a network with parameters of shape (): {_first(scalars)}. Take "
-            "another network, or one of which these have shape (1,)"
+            "model.name: DeepSpeed cannot train a network with parameters of shape (): "
+            f"{some(scalars, len(scalars), 5)}. Take another network, or one of which these have shape (1,)"
         )
     top = max(layers.values())
     members: dict[tuple[float, float], list[str]] = {}
@@ -43,10 +44,6 @@ def parameter_groups(model: nn.Module, layers: dict[str, int], optim: Optim) -> 
             scale = optim.layer_decay ** (top - layers[name])
             members.setdefault((scale, 0.0 if no_decay else optim.weight_decay), []).append(name)
     return [ParameterGroup(scale, decay, tuple(names)) for (scale, decay), names in sorted(members.items())]
-
-
-def _first(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def build_optimizer(model: nn.Module, groups: list[ParameterGroup], optim: Optim) -> torch.optim.Optimizer:

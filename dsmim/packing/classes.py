@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from dsmim.packing.files import NAMED, some
+from dsmim.log import NAMED, some
 from dsmim.shards.classes import read_names
 
 LARGEST = 999_999_999

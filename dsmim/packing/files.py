@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
-
-NAMED = 10  # how many things of one kind a message names
 
 Stamp = tuple[int, int]
 """Size in bytes and time of the last change in nanoseconds: whether a file is still the one that was packed."""
@@ -53,9 +49,3 @@ def stamp_at(path: Path) -> Stamp | None:
     except OSError:
         return None
     return stamp_of(about) if stat.S_ISREG(about.st_mode) else None
-
-
-def some(items: Iterable[object], total: int) -> str:
-    """Return the first of some items, and how many more there are."""
-    named = ", ".join(str(item) for item in islice(items, NAMED))
-    return named if total <= NAMED else f"{named} and {total - NAMED} more"

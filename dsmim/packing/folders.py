@@ -6,7 +6,8 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsmim.packing.files import ImageFile, extension, some, stamp_at
+from dsmim.log import some
+from dsmim.packing.files import ImageFile, extension, stamp_at
 from dsmim.shards.extensions import is_image
 from dsmim.shards.tally import Tally
 from dsmim.shards.walk import walk

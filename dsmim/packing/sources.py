@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dsmim.data.order import permutation
+from dsmim.log import NAMED, some
 from dsmim.packing.classes import LARGEST, is_number, number_classes, whole_number
-from dsmim.packing.files import NAMED, ImageFile, Stamp, extension, some, stamp_of
+from dsmim.packing.files import ImageFile, Stamp, extension, stamp_of
 from dsmim.packing.folders import doubts, read_folder
 from dsmim.packing.tables import read_table
 from dsmim.shards.extensions import LOOKED_FOR

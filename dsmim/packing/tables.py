@@ -12,7 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from dsmim.packing.files import NAMED, ImageFile, extension, some, stamp_at
+from dsmim.log import NAMED, some
+from dsmim.packing.files import ImageFile, extension, stamp_at
 from dsmim.shards.extensions import is_image
 
 SEPARATORS = (",", "\t", ";")

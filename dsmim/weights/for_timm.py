@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 
+from dsmim.data.class_names import class_names
 from dsmim.data.normalisation import normalisation
 from dsmim.recipe import Recipe
 from dsmim.shards.atomic import write_atomically
@@ -64,14 +65,11 @@ def write(content: dict[str, Any], folder: Path) -> None:
 
 
 def label_names(recipe: Recipe) -> list[str]:
-    """Return the names in classes.json beside the shards of data.train; an empty list if there is none for as many
-    classes."""
+    """Return the names of the classes, as class_names finds them; an empty list if there are none for as many classes,
+    or lists that differ."""
     if recipe.task.name != "classify":
         return []
-    patterns = recipe.data.train or []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        file = Path(pattern).parent / "classes.json"
-        names = json.loads(file.read_text()) if file.is_file() else []
-        if len(names) == recipe.task.num_classes:
-            return names
-    return []
+    try:
+        return class_names(recipe.data, recipe.task.num_classes)
+    except ValueError:
+        return []
