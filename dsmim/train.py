@@ -25,6 +25,7 @@ from dsmim.health.interrupt import Interrupt
 from dsmim.health.outcome import NoProgress, Stopped
 from dsmim.health.status import ENDING
 from dsmim.log import Clock
+from dsmim.models import PositionDraws
 from dsmim.recipe import Recipe
 from dsmim.record import Interval, Step, checkpoint_state, keep_for_replay
 from dsmim.session import Session, build_engine, open_data, open_run
@@ -64,6 +65,10 @@ class _Training:
         self.limits = FaultLimits(self.recipe, self.runtime, self.log.say, self.data.train.order.epoch_samples)
         if self.directory.resume_from is not None:
             self.limits.load_state(self.directory.state["watch"])
+        self.drop_path = PositionDraws(
+            self.task.model, stream_key(self.recipe.seed, "drop path"), self.recipe.batch.global_batch,
+            self.runtime.device, self.recipe.model.drop_path == "balanced",
+        )  # fmt: skip
         self.interval = Interval(self.directory.state.get("interval"))
         self.clock = Clock()
         self.batches: Iterator[Batch] = iter(())
@@ -140,8 +145,9 @@ class _Training:
         loss = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for micro_batch in micro_batches:
             batch = to_device(micro_batch, self.runtime.device) | {"step": step, "position": micro_batch["position"]}
-            micro_loss = self.task.training_loss(self.engine, batch)
-            self.engine.backward(micro_loss)
+            with self.drop_path.at(batch["position"]):
+                micro_loss = self.task.training_loss(self.engine, batch)
+                self.engine.backward(micro_loss)
             loss += micro_loss.detach().double() / (self.plan.accumulation * self.runtime.world_size)
         own_loss = float(loss)
         faults = sum(self.limits.report_undecodable(micro_batch) for micro_batch in micro_batches)

@@ -5,8 +5,10 @@ from dsmim.models.blocks import Recompute, compile_blocks
 from dsmim.models.build import materialise, materialised
 from dsmim.models.registry import classifier, create_model, layer_ids, model_names, set_recompute, timm_arguments
 from dsmim.models.simmim import SimMIM
+from dsmim.models.stochastic_depth import PositionDraws
 
 __all__ = [
+    "PositionDraws",
     "Recompute",
     "SimMIM",
     "classifier",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from dsmim.models.stochastic_depth import DropPath
 
 
 class Recompute:
@@ -28,15 +30,34 @@ class Recompute:
 def compile_blocks(model: nn.Module) -> None:
     """Compile every block separately (torch.compile), so that ZeRO-3's all-gathers are between the graphs.
 
-    A network compiled as a whole fails under ZeRO-3 on parameters that are used outside their module. Raises ValueError
-    for a network without a list of blocks.
+    A network compiled as a whole fails under ZeRO-3 on parameters that are used outside their module. Of a block of
+    ours with drop path the branches are compiled, for any number of samples: it changes with every step. Raises
+    ValueError for a network without a list of blocks.
     """
     blocks = blocks_of(model)
     # One graph per kind of block, in training and in evaluation. Above the limit, dynamo would continue uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for block in blocks:  # only its forward: hooks on the block, such as ZeRO-3's, stay out of the graph
-        block.forward = torch.compile(block.forward, dynamic=False)
+        if any(isinstance(module, DropPath) and module.drop_prob for module in block.modules()):
+            for name in block.branches:
+                setattr(block, name, _compiled_branch(getattr(block, name)))
+        else:
+            block.forward = torch.compile(block.forward, dynamic=False)
+
+
+def _compiled_branch(branch: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return the branch, compiled once for all numbers of samples; dynamo would compile 0 and 1 separately."""
+    compiled = torch.compile(branch)
+
+    def call(*inputs, **options) -> torch.Tensor:
+        x = inputs[-1]
+        if len(x) < 2:
+            return branch(*inputs, **options)
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        return compiled(*inputs, **options)
+
+    return call
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

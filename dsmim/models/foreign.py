@@ -14,6 +14,8 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from dsmim.models.stochastic_depth import depth_rates, multiply_by_position
+
 PREFIX = "timm:"
 _SOURCES = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 _OWNED = {
@@ -38,12 +40,14 @@ def build(
     img_size: int | None = None,
     in_chans: int = 3,
     options: dict[str, Any] | None = None,
+    drop_path_rates: str = "linear",
 ) -> nn.Module:
-    """Return timm's network, initialised by timm in host memory.
+    """Return timm's network, initialised by timm in host memory. Its drop path can be drawn by position.
 
     img_size is passed to networks that are built for one size (transformers); others take any image. options: further
-    arguments of timm.create_model. Raises ValueError for a name, a tag or an option that timm does not take, and for an
-    option that a key of the recipe sets.
+    arguments of timm.create_model. drop_path_rates: "linear", as timm sets them (growing from block to block, or from
+    stage to stage); "uniform", equal in all blocks. Raises ValueError for a name, a tag or an option that timm does not
+    take, and for an option that a key of the recipe sets.
     """
     entry = _known(name)
     _check_options(options or {})
@@ -54,12 +58,15 @@ def build(
         options["drop_path_rate"] = drop_path_rate
     if _built_for_one_size(entry):
         options["img_size"] = img_size
+    first = depth_rates(drop_path_rates, drop_path_rate, 1)[0]  # of a linear growth it is 0
     try:
-        return timm.create_model(entry, pretrained=False, **options)
+        model = timm.create_model(entry, pretrained=False, **options)
     except (TypeError, AssertionError, ValueError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
         reason = f"{error}" or type(error).__name__
         given = ", ".join(f"{key}={value!r}" for key, value in options.items())
         raise ValueError(f"model.name: timm's {entry} does not take these settings: {given} ({reason})") from error
+    multiply_by_position(model, uniform=first or None)
+    return model
 
 
 def _known(name: str) -> str:

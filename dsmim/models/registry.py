@@ -17,7 +17,9 @@ from dsmim.models.swin_v2 import SwinTransformerV2
 
 # Options that only Swin V2 takes
 _ONLY_SWIN = ("window_size", "pretrained_window_sizes", "extra_norm_every", "sequential_stages")
-OPTIONS = ("img_size", "in_chans", "num_classes", "drop_path_rate", "head_init_std", *_ONLY_SWIN, "options")
+OPTIONS = (
+    "img_size", "in_chans", "num_classes", "drop_path_rate", "drop_path_rates", "head_init_std", *_ONLY_SWIN, "options",
+)  # fmt: skip
 
 
 def model_names() -> list[str]:
@@ -29,7 +31,8 @@ def create_model(name: str, device: str | None = None, **options) -> nn.Module:
     """Build a network with fresh fp32 weights in host memory, or without weights on device "meta" (see build.py).
 
     Options: img_size (pixels), in_chans (channels of the images, 3), num_classes (0: no head, the forward returns
-    pooled features), drop_path_rate, head_init_std (deviation of the head's first weights). Swin V2 also takes
+    pooled features), drop_path_rate, drop_path_rates ("uniform": all blocks have that rate; "linear": it grows from 0;
+    by default uniform for DeiT III), head_init_std (deviation of the head's first weights). Swin V2 also takes
     window_size (tokens), pretrained_window_sizes (one per stage, 0: the window itself), extra_norm_every and
     sequential_stages (see SwinTransformerV2); timm:NAME also takes options (a dict, see foreign.py). None means not
     given. device: None is "meta" within `with torch.device("meta")`, else "cpu". timm's networks ignore it: timm builds
@@ -90,7 +93,8 @@ def timm_arguments(name: str, **options) -> tuple[str, dict]:
     Raises ValueError when timm has no such network.
     """
     options = _known({key: value for key, value in options.items() if (key, value) != ("in_chans", 3)})
-    options.pop("head_init_std", None)
+    for only_ours in ("head_init_std", "drop_path_rates"):
+        options.pop(only_ours, None)
     if name.startswith(foreign.PREFIX):
         return foreign.timm_arguments(name, **_without_windows(name, options))
     family = _family(name)

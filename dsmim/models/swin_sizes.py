@@ -34,6 +34,7 @@ def build(
     extra_norm_every: int = 0,
     sequential_stages: int = 0,
     in_chans: int = 3,
+    drop_path_rates: str = "linear",
 ) -> SwinTransformerV2:
     """Return the network `name` of SIZES; see SwinTransformerV2 for the options.
 
@@ -58,6 +59,7 @@ def build(
         extra_norm_every=extra_norm_every,
         sequential_stages=sequential_stages,
         in_chans=in_chans,
+        drop_path_rates=drop_path_rates,
         **SIZES[name],
     )
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from dsmim.models.attention.window import WindowAttention
 from dsmim.models.blocks import Recompute, run
+from dsmim.models.stochastic_depth import DropPath, depth_rates, residual
 
 PATCH = 4  # pixels; every published size uses it
 MASKED = -100.0  # microsoft/Swin-Transformer: added to scores of tokens that are not neighbours
@@ -28,24 +29,6 @@ class ResPostNorm(nn.LayerNorm):
         """Set scale and shift to 0."""
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
-
-
-class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382), per sample, with kept samples scaled up.
-
-    The rate is a buffer. timm's is a Python number, and torch.compile would make one graph for each rate.
-    """
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.register_buffer("keep", torch.tensor(1 - rate, device="cpu"), persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x (B, …) with dropped samples set to 0; in evaluation, x itself."""
-        if not self.training:
-            return x
-        kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) < self.keep
-        return x * (kept / self.keep).to(x.dtype)
 
 
 class SwinTransformerV2Block(nn.Module):
@@ -62,19 +45,33 @@ class SwinTransformerV2Block(nn.Module):
         self.shift = window // 2 if shifted and size > window else 0
         self.attn = WindowAttention(dim, self.window, num_heads, coordinate_window or self.window, in_sequence)
         self.norm1 = ResPostNorm(dim)
-        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.drop_path1 = DropPath(drop_path)
         self.mlp = Mlp(dim, 4 * dim)
         self.norm2 = ResPostNorm(dim)
-        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.drop_path2 = DropPath(drop_path)
         self.enorm = nn.LayerNorm(dim) if extra_norm else None
         padded = size + -size % self.window
         self.register_buffer("mask", _mask(padded, self.window, self.shift) if self.shift else None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the block's output: (B, H, W, C) → (B, H, W, C)."""
-        x = x + self.drop_path1(self.norm1(self.mix(x)))  # not in place: under autocast the branch may be bfloat16
-        x = x + self.drop_path2(self.norm2(self.mlp(x)))
+        x = residual(x, (self.drop_path1, self.attention))
+        x = residual(x, (self.drop_path2, self.feed_forward))
         return x if self.enorm is None else self.enorm(x)
+
+    def attention(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the first branch."""
+        return self.norm1(self.mix(x))
+
+    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the second branch."""
+        return self.norm2(self.mlp(x))
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The methods that can be compiled for any number of samples. Attention in sequence would need a graph for each
+        number."""
+        return ("feed_forward",) if self.attn.in_sequence else ("attention", "feed_forward")
 
     def mix(self, x: torch.Tensor) -> torch.Tensor:
         """Return attention within windows, on the map rolled by the shift and padded with zeros to whole windows."""
@@ -123,8 +120,8 @@ class SwinTransformerV2(nn.Module):
 
     window_size: in tokens, clamped to the map. pretrained_window_sizes: the coordinate_window of each stage, see
     WindowAttention (0: the window itself). extra_norm_every: an extra norm after each n-th block of a stage (0: none).
-    sequential_stages: number of first stages whose attention computes a few windows at a time. The drop path rate grows
-    linearly from block to block.
+    sequential_stages: number of first stages whose attention computes a few windows at a time. drop_path_rates: how
+    the drop path rate grows from block to block, see depth_rates.
     """
 
     patch, stride = PATCH, 8 * PATCH
@@ -132,12 +129,12 @@ class SwinTransformerV2(nn.Module):
     def __init__(self, img_size: int, window_size: int, embed_dim: int, depths: tuple[int, ...],
                  num_heads: tuple[int, ...], num_classes: int, drop_path_rate: float,
                  pretrained_window_sizes: tuple[int, ...], extra_norm_every: int, sequential_stages: int,
-                 in_chans: int = 3):  # fmt: skip
+                 in_chans: int = 3, drop_path_rates: str = "linear"):  # fmt: skip
         super().__init__()
         self.in_chans = in_chans
         self.embed_dim, self.num_features = embed_dim, embed_dim * 2 ** (len(depths) - 1)
         self.patch_embed = PatchEmbed(img_size, PATCH, in_chans, embed_dim, norm_layer=nn.LayerNorm, output_fmt="NHWC")
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
+        rates = depth_rates(drop_path_rates, drop_path_rate, sum(depths))
         stages, first = [], 0
         for stage, depth in enumerate(depths):
             dim, size = embed_dim * 2**stage, img_size // PATCH // 2**stage

@@ -11,12 +11,14 @@ import re
 from functools import partial
 
 import torch
-from timm.layers import DropPath, LayerScale, trunc_normal_
-from timm.models.vision_transformer import Block, ParallelThingsBlock, VisionTransformer
+from timm.layers import LayerScale, trunc_normal_
+from timm.models import vision_transformer as timm_vit
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from dsmim.models.blocks import Recompute, run
 from dsmim.models.initialise import DEVIATION
+from dsmim.models.stochastic_depth import DropPath, depth_rates, residual
 
 LAYER_SCALE = 1e-4  # models_v2.py, init_values
 
@@ -43,6 +45,44 @@ SIZES = {
 }
 
 
+# The two blocks have timm's names, because DeepSpeed files name them (zero_optimization.leaf_module.classes).
+class Block(timm_vit.Block):
+    """timm's block; a branch is computed only for the samples that keep it."""
+
+    branches = ("attention", "feed_forward")
+
+    def forward(self, x: torch.Tensor, **options) -> torch.Tensor:
+        """Return the block's output: (B, L, D) → (B, L, D). options: of the attention, see timm."""
+        x = residual(x, (self.drop_path1, partial(self.attention, **options)))
+        return residual(x, (self.drop_path2, self.feed_forward))
+
+    def attention(self, x: torch.Tensor, **options) -> torch.Tensor:
+        """Return the first branch."""
+        return self.ls1(self.attn(self.norm1(x), **options))
+
+    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the second branch."""
+        return self.ls2(self.mlp(self.norm2(x)))
+
+
+class ParallelThingsBlock(timm_vit.ParallelThingsBlock):
+    """timm's block of parallel branches ("x2"), each of which is computed only for the samples that keep it."""
+
+    branches = ("branch",)
+
+    def forward(self, x: torch.Tensor, **_) -> torch.Tensor:
+        """Return the block's output: (B, L, D) → (B, L, D)."""
+        for parts in (self.attns, self.ffns):
+            x = residual(x, *((part.drop_path, partial(self.branch, part)) for part in parts))
+        return x
+
+    def branch(self, part: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+        """Return one branch: norm, attention or MLP, LayerScale."""
+        for module in part:
+            x = x if module is part.drop_path else module(x)
+        return x
+
+
 class DeiT3(VisionTransformer):
     """timm's network with DeiT III's first weights: images (B, in_chans, H, W) → logits (B, classes), or features
     (no head).
@@ -50,7 +90,7 @@ class DeiT3(VisionTransformer):
     If the image side is not a multiple of the patch, the rest is cut off: 160 pixels give 11 × 11 patches of 14.
     """
 
-    def __init__(self, drop_path_rate: float, patch_size: int, in_chans: int = 3, **options):
+    def __init__(self, drop_path_rate: float, drop_path_rates: str, patch_size: int, in_chans: int = 3, **options):
         super().__init__(
             patch_size=patch_size, in_chans=in_chans, no_embed_class=True, init_values=LAYER_SCALE, weight_init="skip",
             norm_layer=partial(nn.LayerNorm, eps=1e-6), **options,
@@ -58,8 +98,9 @@ class DeiT3(VisionTransformer):
         self.in_chans = in_chans  # older timm does not keep it
         self.patch = self.stride = patch_size
         self.recompute = Recompute()
-        for block in self.blocks:
-            _uniform(block, drop_path_rate)
+        rates = depth_rates(drop_path_rates, drop_path_rate, len(self.blocks))
+        for block, rate in zip(self.blocks, rates, strict=True):
+            _set_block(block, rate)
 
     def initialise(self) -> None:
         """Set the first values of position embedding and class token; the layers inside have their own."""
@@ -89,15 +130,21 @@ class DeiT3(VisionTransformer):
 
 
 def build(
-    name: str, img_size: int = 224, num_classes: int = 0, drop_path_rate: float = 0.0, in_chans: int = 3
+    name: str,
+    img_size: int = 224,
+    num_classes: int = 0,
+    drop_path_rate: float = 0.0,
+    in_chans: int = 3,
+    drop_path_rates: str = "uniform",
 ) -> DeiT3:
-    """Return the network `name` of SIZES."""
+    """Return the network `name` of SIZES. Its rates are uniform as in models_v2.py: dpr = [rate] * depth."""
     size = dict(SIZES[name])
     block = ParallelThingsBlock if size.pop("parallel", False) else Block
     return DeiT3(
         img_size=img_size,
         num_classes=num_classes,
         drop_path_rate=drop_path_rate,
+        drop_path_rates=drop_path_rates,
         in_chans=in_chans,
         block_fn=block,
         **size,
@@ -109,7 +156,7 @@ def timm_arguments(name: str, **options) -> tuple[str, dict]:
     size = dict(SIZES[name])
     options = {key: value for key, value in options.items() if value is not None}
     if size.pop("parallel", False):
-        options["block_fn"] = ParallelThingsBlock
+        options["block_fn"] = timm_vit.ParallelThingsBlock
     return "deit3_base_patch16_224", size | {"init_values": LAYER_SCALE} | options
 
 
@@ -132,11 +179,11 @@ def _layer_id(name: str, depth: int) -> int:
     )
 
 
-def _uniform(block: nn.Module, rate: float) -> None:
-    """Set drop path's rate, equal in all blocks (models_v2.py: dpr = [rate] * depth), and LayerScale's first value."""
+def _set_block(block: nn.Module, rate: float) -> None:
+    """Set a block's rate of drop path and LayerScale's first value."""
     for name, module in list(block.named_modules()):
         if isinstance(module, LayerScale):
             module.init_values = LAYER_SCALE
-        if name.rpartition(".")[2].startswith("drop_path"):
-            parent, _, leaf = name.rpartition(".")
-            setattr(block.get_submodule(parent), leaf, DropPath(rate) if rate else nn.Identity())
+        parent, _, leaf = name.rpartition(".")
+        if leaf.startswith("drop_path"):
+            setattr(block.get_submodule(parent), leaf, DropPath(rate))

@@ -55,6 +55,8 @@ def _without_effect(recipe: Recipe) -> Iterator[str]:
     model, data, optim, schedule = recipe.model, recipe.data, recipe.optim, recipe.schedule
     multistep = schedule.name == "multistep"
     yield from _unused(model, "model.grad_checkpointing_stages", model.grad_checkpointing, "model.grad_checkpointing")
+    for key in ("model.drop_path", "model.drop_path_rates"):
+        yield from _unused(model, key, model.drop_path_rate, "model.drop_path_rate")
     yield from _unused(model, "model.weights_head", model.weights, "model.weights")
     yield from _unused(data, "data.cache_gb", data.cache_dir, "data.cache_dir")
     yield from _unused(optim, "optim.lr_base_batch", optim.lr_scaling == "linear", "optim.lr_scaling=linear")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -27,8 +27,13 @@ class Model(Section):
     window_size: Count | None = None
     """Swin V2: side of the attention window in tokens (limited to the feature map)."""
     drop_path_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Stochastic depth. Swin V2 and timm: the rate of the deepest block, growing linearly from 0; DeiT III: of every
-    block."""
+    """Stochastic depth: how often a sample leaves out a branch of a block. See drop_path_rates."""
+    drop_path_rates: Literal["uniform", "linear"] | None = None
+    """uniform: every block has drop_path_rate; linear: the deepest block, growing from 0; null: DeiT III uniform, all
+    others linear."""
+    drop_path: Literal["independent", "balanced"] = "independent"
+    """balanced: of 2, 4, 8, … neighbouring samples a block always drops the same share, within one sample, so that
+    ranks do equal work."""
     pretrained_window_sizes: list[int] | None = None
     """Swin V2, per stage: the window of the pre-training, to which position-bias coordinates are scaled; 0: the
     present window."""

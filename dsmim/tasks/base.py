@@ -20,8 +20,8 @@ Forward = Callable[..., torch.Tensor]
 
 
 ARCHITECTURE = (
-    "img_size", "in_chans", "window_size", "drop_path_rate", "head_init_std", "pretrained_window_sizes",
-    "extra_norm_every", "sequential_stages", "options",
+    "img_size", "in_chans", "window_size", "drop_path_rate", "drop_path_rates", "head_init_std",
+    "pretrained_window_sizes", "extra_norm_every", "sequential_stages", "options",
 )  # fmt: skip
 """Keys of the recipe's `model` section that are passed to create_model."""
 

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from timm.layers import DropPath, LayerScale
+from timm.layers import LayerScale
 from torch import nn
 
 from dsmim.data.masking import RandomMask
@@ -23,14 +23,6 @@ def test_first_weights_are_those_of_the_authors_code():
     assert len(gammas) == 24 and all((gamma == 1e-4).all() for gamma in gammas)
     assert model.pos_embed.shape == (1, 196, 192)  # no position for the class token
     assert all((p == 0).all() for name, p in model.named_parameters() if name.endswith("bias") and "patch" not in name)
-
-
-def test_drop_path_has_the_same_rate_in_every_block():
-    for name in ("deit3_nano_patch16", "deit3_small_patch16_18x2"):
-        model = create_model(name, "meta", img_size=64, drop_path_rate=0.3)
-        rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
-        per_block = 4 if name.endswith("x2") else 2
-        assert rates == [0.3] * per_block * len(model.blocks)
 
 
 def test_images_that_are_not_a_multiple_of_the_patch():
