@@ -112,6 +112,8 @@ class _Training:
             self.log.say(f"{self.directory.path}: complete at step {first} of {total}")
             return None
         self.log.say(self.session.headline())
+        if self.drop_path.note:
+            self.log.say(self.drop_path.note)
         batches = self.batches = self._batches(total - first)
         self.clock.restart()
         for step in range(first, total):

@@ -190,6 +190,13 @@ class PositionDraws:
         keep = [1 - module.drop_prob for module in self.modules for _ in range(module.uses)]
         self.thresholds = np.array([int(share * 2.0**64) for share in keep], np.uint64)[:, None]
 
+    @property
+    def note(self) -> str | None:
+        """What a log should say: where dropped branches are computed nevertheless."""
+        if not self.modules or isinstance(self.modules[0], DropPath):
+            return None
+        return "drop path: timm's blocks compute every branch and multiply it by 0, so that no time is saved"
+
     @contextmanager
     def at(self, positions: Sequence[int] | torch.Tensor) -> Iterator[None]:
         """Let the micro batch at these positions of the run's order be drawn, within the context.

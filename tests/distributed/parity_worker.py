@@ -14,11 +14,12 @@ import torch
 from dsmim.engine.runtime import start, stop
 from dsmim.engine.schedule import resolve_schedule
 from dsmim.engine.zero import Engine
+from dsmim.models import PositionDraws
 from dsmim.recipe import Recipe
 from dsmim.recipe.reading import parse_recipe
 from dsmim.tasks import build_task
 
-STEPS, BATCH = 10, 8
+STEPS, BATCH, KEY = 10, 8, 77
 # Together they have every kind of parameter that is not used in the forward of a module of its own: mask token, logit
 # scale, query and value biases; class token, position embedding, LayerScale.
 MODELS = {
@@ -36,6 +37,8 @@ class Configuration(NamedTuple):
     precision: str = "fp32"
     checkpointing: int = 0
     compiled: bool = False
+    drop_path: float = 0.0
+    """Of every block. With micro batches of one or two samples, often one rank keeps none, and the other some."""
 
     def __str__(self) -> str:
         return "-".join(map(str, self))
@@ -52,6 +55,11 @@ CONFIGURATIONS = [
     *(Configuration("vit", stage, compiled=True) for stage in (1, 2, "3_blocks")),
     Configuration("vit", "3_blocks", checkpointing=1, compiled=True),
     Configuration("swin", "3_blocks", compiled=True),
+    Configuration("vit", 1, accumulation=4, drop_path=0.6),
+    Configuration("vit", "3_all", accumulation=2, checkpointing=1, drop_path=0.6),
+    Configuration("vit", "3_blocks", compiled=True, drop_path=0.6),
+    Configuration("swin", 3, accumulation=2, drop_path=0.6),
+    Configuration("swin", "3_all", accumulation=4, precision="bf16", drop_path=0.6),
 ]
 
 
@@ -61,6 +69,8 @@ def parity_recipe(wanted: Configuration, out: Path | None = None) -> Recipe:
         file = str(out / f"zero3_all_{os.getpid()}.json")
         Path(file).write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
     model = MODELS[wanted.model] | {"grad_checkpointing": wanted.checkpointing, "compile": wanted.compiled}
+    if wanted.drop_path:
+        model |= {"drop_path_rate": wanted.drop_path, "drop_path_rates": "uniform"}
     tree = {
         "name": "parity",
         "task": {"name": "simmim", "mask_patch": 8 if wanted.model == "swin" else 16},
@@ -102,19 +112,23 @@ def build_engine(runtime, wanted: Configuration, out: Path | None = None) -> Eng
 
 
 def micro_batches(runtime, step, accumulation, model="swin"):
+    """Images, masks and positions of each micro batch."""
     share = BATCH // runtime.world_size
-    images, masks = (part[runtime.rank * share : (runtime.rank + 1) * share] for part in parity_batch(step, model))
-    return zip(images.chunk(accumulation), masks.chunk(accumulation), strict=True)
+    whole = (*parity_batch(step, model), torch.arange(step * BATCH, (step + 1) * BATCH))
+    parts = (part[runtime.rank * share : (runtime.rank + 1) * share].chunk(accumulation) for part in whole)
+    return zip(*parts, strict=True)
 
 
 def train(runtime, wanted: Configuration, out: Path) -> None:
     engine = build_engine(runtime, wanted, out)
+    draws = PositionDraws(engine.module, KEY, BATCH)
     losses, norms = [], []
     for step in range(STEPS):
         total = torch.zeros((), dtype=torch.float64)
-        for images, mask in micro_batches(runtime, step, wanted.accumulation, wanted.model):
-            loss = engine(images, mask)
-            engine.backward(loss)
+        for images, mask, positions in micro_batches(runtime, step, wanted.accumulation, wanted.model):
+            with draws.at(positions):
+                loss = engine(images, mask)
+                engine.backward(loss)
             total += loss.detach().double() / wanted.accumulation / runtime.world_size
         norms.append(engine.step(step).grad_norm)
         losses.append(runtime.sum(total).item())
@@ -158,7 +172,7 @@ def each_group_alone(runtime, stage: int) -> None:
         names = {name for group in engine.groups if group.scale == scale for name in group.names}
         engine.rate = OneScale(scale)
         before = whole_weights(engine)
-        for images, mask in micro_batches(runtime, 0, 1):
+        for images, mask, _ in micro_batches(runtime, 0, 1):
             engine.backward(engine(images, mask))
         engine.step(0)
         after = whole_weights(engine)
@@ -182,7 +196,7 @@ def a_nan_is_not_applied(runtime, stage: int) -> None:
     engine = build_engine(runtime, Configuration("swin", stage, accumulation=2))
     before = whole_weights(engine)
     for poison in (True, False):
-        for number, (images, mask) in enumerate(micro_batches(runtime, 1, 2)):
+        for number, (images, mask, _) in enumerate(micro_batches(runtime, 1, 2)):
             bad = poison and runtime.rank == 1 and number == 0
             engine.backward(engine(images * float("nan") if bad else images, mask))
         result = engine.step(5)

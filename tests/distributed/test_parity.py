@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsmim.models import PositionDraws
 from tests.conftest import ROOT, two_ranks
 from tests.distributed.parity_worker import (
+    BATCH,
     CLIP,
     CONFIGURATIONS,
-    MODELS,
+    KEY,
     STEPS,
     Configuration,
     parity_batch,
@@ -29,13 +31,14 @@ def engine_runs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain_runs() -> dict[str, dict]:
-    return {model: plain_run(model) for model in MODELS}
+def plain_runs() -> dict[tuple[str, float], dict]:
+    return {case: plain_run(*case) for case in {(wanted.model, wanted.drop_path) for wanted in CONFIGURATIONS}}
 
 
-def plain_run(model: str) -> dict:
+def plain_run(model: str, drop_path: float) -> dict:
     """Written without the engine: one parameter per group, torch's own clipping, the schedule by hand."""
-    task = parity_task(parity_recipe(Configuration(model, 0)))
+    task = parity_task(parity_recipe(Configuration(model, 0, drop_path=drop_path)))
+    draws = PositionDraws(task.model, KEY, BATCH)
     list(task.fill())
     groups, top = [], {"swin": 7, "vit": 5}[model]
     words = ("mask_token", "logit_scale", "cpb_mlp", "cls_token", "pos_embed")
@@ -51,9 +54,10 @@ def plain_run(model: str) -> dict:
             floor = min(1e-5, peak)
             cosine = floor + (peak - floor) * (1 + math.cos(math.pi * (step - 3) / 7)) / 2
             group["lr"] = peak * step / 3 if step < 3 else cosine
-        loss = task.model(*parity_batch(step, model))
         optimizer.zero_grad()
-        loss.backward()
+        with draws.at(range(step * BATCH, (step + 1) * BATCH)):
+            loss = task.model(*parity_batch(step, model))
+            loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(task.model.parameters(), CLIP[model]).item())
         optimizer.step()
         losses.append(loss.item())
@@ -63,7 +67,7 @@ def plain_run(model: str) -> dict:
 
 @pytest.mark.parametrize("wanted", CONFIGURATIONS, ids=str)
 def test_engine_equals_a_plain_loop(engine_runs, plain_runs, wanted):
-    run, plain_run = torch.load(engine_runs / f"{wanted}.pt", weights_only=True), plain_runs[wanted.model]
+    run, plain_run = torch.load(engine_runs / f"{wanted}.pt", weights_only=True), plain_runs[wanted.model, wanted.drop_path]
     if wanted.precision == "bf16":
         assert run["losses"] == pytest.approx(plain_run["losses"], abs=2e-3)
         return

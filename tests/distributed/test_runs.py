@@ -44,7 +44,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, shards):
 
 def test_a_run_goes_on_by_other_numbers_of_ranks_and_stages(tmp_path, shards):
     """2 ranks at ZeRO-3, then 1 at stage 0, then 2 at stage 0, then 4 at stage 2."""
-    model = tiny_recipe(shards)["model"] | {"drop_path_rate": 0.0}  # its masks are drawn per rank
+    model = tiny_recipe(shards)["model"] | {"drop_path_rate": 0.4, "drop_path_rates": "uniform"}
     recipe = write_recipe(tmp_path, shards, model=model, schedule={"duration": {"steps": 8}, "warmup": {"steps": 1}})
     command = ("-m", "dsmim", "train", recipe, "optim.ema_decay=0.9", "--run-dir")
     two_ranks(*command, tmp_path / "straight")

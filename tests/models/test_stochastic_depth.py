@@ -2,6 +2,7 @@
 
 import copy
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def network(kind: str, rate: float = 0.6, side: int = 64) -> nn.Module:
     name, options = NETWORKS[kind]
     model = create_model(name, img_size=side, num_classes=3, drop_path_rate=rate, **options)
     if kind == "parallel":
-        del model.blocks[2:]
+        del model.blocks[1:]
     return perturbed(model).train()
 
 
@@ -52,18 +53,16 @@ def test_computing_only_what_is_kept_changes_nothing(kind, rows_of_none, monkeyp
     if not rows_of_none:
         monkeypatch.setattr(stochastic_depth, "TAKE_NO_ROWS", ())
     model, images, weight = network(kind), torch.randn(3, 3, 64, 64), torch.randn(3, 3)
-    draws = PositionDraws(model, KEY, BATCH)
-    empty = draws.mask(np.arange(5, 8)).sum(1)
-    assert (empty == 0).any() and (empty == 3).any() and (empty == 1).any()
-    results = []
+    draws, results = PositionDraws(model, KEY, BATCH), []
+    positions = next(p for p in np.arange(3000).reshape(-1, 3) if {0, 1, 3} <= {*draws.mask(p).sum(1).tolist()})
     for recompute in (0, 1):
         set_recompute(model, Recompute(recompute))
-        with draws.at(torch.arange(5, 8)):
+        with draws.at(torch.from_numpy(positions)):
             results.append(gradients(model, images, weight))
     set_recompute(model, Recompute())
     module = __import__(type(model).__module__, fromlist=["residual"])
     monkeypatch.setattr(module, "residual", multiplied)
-    with PositionDraws(model, KEY, BATCH).at(range(5, 8)):
+    with draws.at(positions):
         results.append(gradients(model, images, weight))
     logits, wanted = results.pop()
     for own, found in results:
@@ -244,9 +243,10 @@ def test_networks_of_timm_scale_as_timm_does():
 
 
 @pytest.mark.parametrize("kind", ["vit", "timm"])
-def test_compiled_blocks(kind):
-    """Equal numbers, without a new graph per number of kept samples."""
+def test_compiled_blocks(kind, monkeypatch):
+    """Equal numbers, without a new graph per number of kept samples. (The parity test compiles to machine code.)"""
     torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     model = foreign("vit") if kind == "timm" else network("vit")
     compiled = copy.deepcopy(model)
     compile_blocks(compiled)
