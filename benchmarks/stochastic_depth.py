@@ -3,14 +3,14 @@
     python benchmarks/stochastic_depth.py [--quick]
 
 Forward and backward of the same network with the same weights and images, in both forms, in turn; a figure is the
-median over all rounds of the ratio within one round. speedup_06, speedup_045: DeiT III of ViT-S width at rates 0.6 and
-0.45 in every block. swin_01, swin_02: Swin V2-S at rates growing to 0.1 and 0.2. The bound is 1 / (1 - mean rate).
-memory_06: bytes that the forward pass keeps for the backward pass at rate 0.6, one form / the other (counted by
-torch.autograd.graph.saved_tensors_hooks, without weights); peak_06: the same of the memory that a step adds, allocated
-on a GPU or resident in a process of its own. max_diff: largest difference of logits and gradients between both forms on
-the same draws, relative to the largest entry of each tensor, for ViT, parallel ViT and Swin V2, with and without
-recomputation. draw_ms: host time to draw 104 branches for 128 samples. The last line of standard output is one JSON
-object.
+median over all rounds of the ratio within one round. Times on a CPU are this process's CPU time, which other processes
+disturb less. speedup_06, speedup_045: DeiT III of ViT-S width at rates 0.6 and 0.45 in every block. swin_01, swin_02:
+Swin V2-S at rates growing to 0.1 and 0.2. The bound is 1 / (1 - mean rate). memory_06: bytes that the forward pass
+keeps for the backward pass at rate 0.6, one form / the other (counted by torch.autograd.graph.saved_tensors_hooks,
+without weights); peak_06: the same of the memory that a step adds, allocated on a GPU or resident in a process of its
+own. max_diff: largest difference of logits and gradients between both forms on the same draws, relative to the largest
+entry of each tensor, for ViT, parallel ViT and Swin V2, with and without recomputation. draw_ms: host time to draw 104
+branches for 128 samples. The last line of standard output is one JSON object.
 """
 
 from __future__ import annotations
@@ -105,12 +105,13 @@ class Steps:
 def speedup(steps: Steps, rounds: int) -> tuple[float, dict[str, float]]:
     """Return the median ratio of the times of both forms, and the median seconds of each."""
     seconds: dict[str, list[float]] = {form: [] for form in FORMS}
+    clock = time.process_time if steps.device.type == "cpu" else time.perf_counter
     for number in range(rounds + 1):
         steps.number = number
         for form in FORMS[:: 1 if number % 2 else -1]:
-            begin = time.perf_counter()
+            begin = clock()
             steps(form)
-            seconds[form] += [time.perf_counter() - begin] if number else []
+            seconds[form] += [clock() - begin] if number else []
     ratios = [b / a for a, b in zip(*(seconds[form] for form in FORMS), strict=True)]
     return statistics.median(ratios), {form: statistics.median(values) for form, values in seconds.items()}
 
@@ -200,7 +201,7 @@ class Sizes:
         }  # fmt: skip
         found = {}
         for name, (build, rate, mean) in cases.items():
-            rounds = self.rounds * (1 if build == self.deit else 3)  # a gain of a few per cent needs more
+            rounds = self.rounds * (1 if build == self.deit else 2)  # a gain of a few per cent needs more
             found[name], seconds = speedup(build(rate), rounds)
             shown = ", ".join(f"{form} {value:.3f} s" for form, value in seconds.items())
             print(f"{name}: {found[name]:.3f} of {1 / (1 - mean):.3f} ({shown})", file=sys.stderr, flush=True)

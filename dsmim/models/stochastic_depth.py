@@ -62,7 +62,7 @@ class DropPath(nn.Module):
 
     def receive(self, kept: Kept | None) -> None:
         """Set the samples of the next forward and backward; None: draw them from torch's generator."""
-        self.drawn = kept
+        self.__dict__["drawn"] = kept  # nn.Module's own assignment is slow
 
     def extra_repr(self) -> str:
         """Show the rate."""
@@ -95,7 +95,7 @@ class MultipliedDropPath(TimmDropPath):
     A block may use one such module for several branches; each call within a block has its own draw.
     """
 
-    uses = 4  # timm's TNT calls one four times in a block; no network of timm calls one more often
+    uses = 6  # timm's CoaT calls one six times in a block; no network of timm calls one more often
 
     def __init__(self, drop_prob: float, scale_by_keep: bool = True):
         super().__init__(drop_prob, scale_by_keep)
@@ -126,7 +126,7 @@ class MultipliedDropPath(TimmDropPath):
 
     def receive(self, factors: torch.Tensor | None) -> None:
         """Set the factors (uses, B) of the next forward and backward; None: draw from torch's generator."""
-        self.factors, self.calls = factors, 0
+        self.__dict__.update(factors=factors, calls=0)
 
 
 def depth_rates(kind: str, rate: float, depth: int) -> list[float]:
@@ -246,15 +246,15 @@ class PositionDraws:
 
 def _kept(mask: np.ndarray, modules: Sequence[DropPath], device: torch.device) -> list[Kept]:
     """Return every branch's kept samples for a mask (branches, B)."""
-    counts, samples = mask.sum(1), mask.shape[1]
-    scales = [1 / (1 - module.drop_prob) for module in modules]
+    mask, samples = np.ascontiguousarray(mask), mask.shape[1]
+    counts, scales = mask.sum(1).tolist(), [1 / (1 - module.drop_prob) for module in modules]
     if device.type not in TAKE_NO_ROWS:
-        for branch in np.flatnonzero(counts == 0):
+        for branch in [number for number, count in enumerate(counts) if not count]:
             mask[branch, 0], counts[branch], scales[branch] = True, 1, 0.0
-    rows = torch.from_numpy(mask.nonzero()[1]).to(device, non_blocking=True).split(counts.tolist())
+    rows = torch.from_numpy(np.flatnonzero(mask) % samples).to(device, non_blocking=True).split(counts)
     return [
-        Kept(samples, None if len(own) == samples and scale else own, scale)
-        for own, scale in zip(rows, scales, strict=True)
+        Kept(samples, None if count == samples and scale else own, scale)
+        for own, count, scale in zip(rows, counts, scales, strict=True)
     ]
 
 

@@ -67,7 +67,10 @@ def plain_run(model: str, drop_path: float) -> dict:
 
 @pytest.mark.parametrize("wanted", CONFIGURATIONS, ids=str)
 def test_engine_equals_a_plain_loop(engine_runs, plain_runs, wanted):
-    run, plain_run = torch.load(engine_runs / f"{wanted}.pt", weights_only=True), plain_runs[wanted.model, wanted.drop_path]
+    run, plain_run = (
+        torch.load(engine_runs / f"{wanted}.pt", weights_only=True),
+        plain_runs[wanted.model, wanted.drop_path],
+    )
     if wanted.precision == "bf16":
         assert run["losses"] == pytest.approx(plain_run["losses"], abs=2e-3)
         return

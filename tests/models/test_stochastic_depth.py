@@ -221,7 +221,7 @@ def test_networks_of_timm_scale_as_timm_does():
     """With each branch's factors put in by hand, timm's own network gives the same."""
     model, images = foreign("vit"), torch.randn(4, 3, 64, 64)
     draws = PositionDraws(model, KEY, BATCH)
-    factors = torch.from_numpy(draws.mask(np.arange(4)).reshape(6, 4, 4)[:, 0] / 0.5).float()
+    factors = torch.from_numpy(draws.mask(np.arange(4)).reshape(6, MultipliedDropPath.uses, 4)[:, 0] / 0.5).float()
 
     class Fixed(nn.Module):
         def __init__(self, own):

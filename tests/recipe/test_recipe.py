@@ -173,6 +173,10 @@ CLASSIFY = {"name": "classify", "num_classes": 3}
         ({"task": CLASSIFY | {"mixup": 0.8, "mix_switch": 0.3}}, "task.mix_switch: 0.3 has no effect without both"),
         ({"task": CLASSIFY | {"mix_run": 4}}, "task.mix_run: 4 has no effect without task.mixup or task.cutmix"),
         ({"model": {"grad_checkpointing_stages": 2}}, "model.grad_checkpointing_stages: 2 has no effect without"),
+        (
+            {"model": {"drop_path_rate": 0.0, "drop_path": "balanced"}},
+            "model.drop_path: balanced has no effect without model.drop_path_rate",
+        ),
         ({"model": {"weights_head": "drop"}}, "model.weights_head: drop has no effect without model.weights"),
         ({"optim": {"lr_base_batch": 256}}, "optim.lr_base_batch: 256 has no effect without optim.lr_scaling=linear"),
         ({"data": {"cache_gb": 5}}, "data.cache_gb: 5.0 has no effect without data.cache_dir"),
