@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class Engine:
     def __init__(self, model: nn.Module, layers: dict[str, int], recipe: Recipe, runtime: Runtime,
                  accumulation: int, rate: LearningRate, parts: Iterable[nn.Module]):  # fmt: skip
         self.runtime, self.rate, self.accumulation = runtime, rate, accumulation
-        self.ema_decay = recipe.optim.ema_decay
+        self.ema_decay, self.ema_warmup = recipe.optim.ema_decay, recipe.optim.ema_warmup
         self.precision = resolve_precision(recipe.engine.precision, runtime.device)
         # Each of the next steps needs the one before it.
         self.config = load_ds_config(recipe.engine.deepspeed, self._owned_keys(recipe, model))
@@ -79,6 +80,11 @@ class Engine:
         """Set the model to evaluation mode."""
         self.deepspeed.eval()
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return a context in which the forward pass uses the moving average of the weights. Collective, see
+        ema.swapped_in; it must not be entered between a backward and its step."""
+        return ema.swapped_in(self.optimizer, self.deepspeed.optimizer, self.stage)
+
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of one micro batch's mean loss, divided by the number of micro batches."""
         self.deepspeed.backward(loss)
@@ -103,7 +109,7 @@ class Engine:
             norm = float(self.deepspeed.get_global_grad_norm())
         applied = self.deepspeed.was_step_applied()
         if applied and self.ema_decay is not None:
-            ema.update(self.optimizer, self.ema_decay)
+            ema.update(self.optimizer, ema.decay_at(step, self.ema_decay, self.ema_warmup))
         return StepResult(norm if applied else math.inf, self.rate.at(step), applied)
 
     def save_checkpoint(self, folder: Path) -> None:
