@@ -85,8 +85,8 @@ def _epoch_steps(schedule: Schedule, total: int, global_batch: int, epoch_sample
     if total <= 2 * steps:
         raise ValueError(
             f"schedule.update: with epoch the first two epochs have the first rate, and the whole duration of {total} "
-            f"steps has no third one (an epoch has {steps} steps): the rate would never change; set "
-            "schedule.update=step, or a longer schedule.duration, or a shorter schedule.epoch"
+            f"steps has no third one (an epoch has {steps} steps): the rate would never change; give a longer "
+            "schedule.duration, a shorter epoch (schedule.epoch={steps: N}), or schedule.update=step"
         )
     return steps
 
