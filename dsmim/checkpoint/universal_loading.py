@@ -28,7 +28,7 @@ from dsmim.checkpoint.universal import read_manifest, read_module, read_paramete
 from dsmim.engine.construct import saved_buffers
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.zero import Engine
-from dsmim.engine.zero_internals import own_part, release_gathered, update_forward_weights
+from dsmim.engine.zero_internals import on_nvme, own_part, release_gathered, update_forward_weights
 
 Manifest = dict[str, Any]
 
@@ -56,8 +56,7 @@ def load_universal(universal: Path, engine: Engine, runtime: Runtime) -> None:
 
 
 def _check_not_on_nvme(engine: Engine) -> None:
-    optimizer = engine.deepspeed.optimizer
-    if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
+    if on_nvme(engine.deepspeed.optimizer):
         raise ValueError(
             "engine.deepspeed: with weights or optimizer offloaded to NVMe a run can resume only with the number of "
             "ranks, the ZeRO stage and the parameter groups (optim.no_decay, optim.layer_decay) of its checkpoint; "

@@ -18,7 +18,7 @@ from dsmim.engine.ds_config import load_ds_config, owned_keys, zero_stage
 from dsmim.engine.optim import build_optimizer, parameter_groups
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.schedule import LearningRate
-from dsmim.engine.zero_internals import clear_padding, group_members, release_modules, share_masters
+from dsmim.engine.zero_internals import clear_padding, group_members, on_nvme, release_modules, share_masters
 from dsmim.recipe import Recipe
 
 
@@ -61,6 +61,8 @@ class Engine:
         if self.stage == 3:
             share_masters(self.deepspeed.optimizer)
             clear_padding(self.deepspeed.optimizer, runtime.rank)
+        if recipe.validation.ema and on_nvme(self.deepspeed.optimizer):
+            raise ValueError("validation.ema: not with weights or optimizer offloaded to NVMe; set validation.ema=false")
         self._check_compiled(recipe)
         self._check_groups()
 

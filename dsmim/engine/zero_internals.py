@@ -32,6 +32,11 @@ def clear_padding(optimizer: Any, rank: int) -> None:
             begin += size
 
 
+def on_nvme(optimizer: Any) -> bool:
+    """Return whether DeepSpeed keeps weights or the optimizer's state on NVMe, where no flat tensor holds them."""
+    return bool(getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False))
+
+
 def release_gathered(optimizer: Any, stage: int) -> None:
     """Free the whole parameters that are gathered at stage 3, also those that always stay so, before their shards
     change: they would hide the change. Collective."""
