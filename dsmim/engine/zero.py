@@ -62,7 +62,10 @@ class Engine:
             share_masters(self.deepspeed.optimizer)
             clear_padding(self.deepspeed.optimizer, runtime.rank)
         if recipe.validation.ema and on_nvme(self.deepspeed.optimizer):
-            raise ValueError("validation.ema: not with weights or optimizer offloaded to NVMe; set validation.ema=false")
+            raise ValueError(
+                "validation.ema: the average cannot be measured with weights or optimizer offloaded to NVMe; set "
+                "validation.ema=false, or use a DeepSpeed JSON without NVMe"
+            )
         self._check_compiled(recipe)
         self._check_groups()
 
