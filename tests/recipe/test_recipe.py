@@ -229,7 +229,6 @@ def test_settings_that_would_be_ignored_without_a_word(tmp_path, changes, messag
     assert stored_recipe(tree, "checkpoint").name == "tiny"  # what a checkpoint keeps can still be evaluated
 
 
-@pytest.mark.parametrize("task", [{"name": "simmim", "mask_patch": 16}, CLASSIFY])
 def test_the_best_may_be_that_of_the_moving_average(tmp_path):
     tree = tiny_recipe(tmp_path, checkpoint={"keep_best": {"metric": "ema_loss", "mode": "min"}})
     tree["optim"] |= {"ema_decay": 0.9}
@@ -237,6 +236,7 @@ def test_the_best_may_be_that_of_the_moving_average(tmp_path):
     assert parse_recipe(tree, "t").checkpoint.keep_best.metric == "ema_loss"
 
 
+@pytest.mark.parametrize("task", [{"name": "simmim", "mask_patch": 16}, CLASSIFY])
 def test_the_figures_of_a_validation_are_those_that_keep_best_takes(tmp_path, task):
     import torch
 
