@@ -46,7 +46,7 @@ def whole_runs(out: Path, shards: Path) -> None:
             print("trained", folder, flush=True)  # the launch's deadline follows what it prints
         figures = evaluate(out / f"{stage}-with/checkpoints/step_00000004", [], "ema")
         if os.environ["RANK"] == "0":
-            (out / f"{stage}.json").write_text(json.dumps(figures))
+            (out / f"{stage}-figures.json").write_text(json.dumps(figures))
 
 
 def same(one: dict, other: dict) -> bool:

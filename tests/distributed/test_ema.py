@@ -35,7 +35,7 @@ def test_a_run_is_the_same_whether_its_average_is_measured_or_not(out, stage):
 @pytest.mark.parametrize("stage", ema_worker.STAGES)
 def test_the_figures_of_the_average_are_those_of_the_checkpoint_s(out, stage):
     measured = [line for line in metrics(out / f"{stage}-with") if "val_loss" in line]
-    figures = json.loads((out / f"{stage}.json").read_text())
+    figures = json.loads((out / f"{stage}-figures.json").read_text())
     assert measured[-1]["val_ema_loss"] == pytest.approx(figures["loss"], rel=1e-6)
     assert measured[-1]["val_ema_accuracy"] == figures["accuracy"]
     assert all(line["val_ema_loss"] != line["val_loss"] for line in measured)
