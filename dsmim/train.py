@@ -191,13 +191,27 @@ class _Training:
     def _validate(self, done: int) -> bool:
         """Measure and log the validation set; return False when asked to stop before its end."""
         with self.runtime.long_timeout():
-            figures = validate(self.engine, self.task, self.data.validation, self.recipe, self.runtime, self.interrupt)
+            figures = self._measure()
         if figures is None:
             return False
         self.validated = (done, figures)
         with self.runtime.all_or_none():
             self.log.validation(done, figures)
         return True
+
+    def _measure(self) -> dict[str, float] | None:
+        """Return the figures of the weights, and with validation.ema those of their moving average too, as ema_…; None
+        when asked to stop."""
+
+        def figures() -> dict[str, float] | None:
+            return validate(self.engine, self.task, self.data.validation, self.recipe, self.runtime, self.interrupt)
+
+        own = figures()
+        if own is None or not self.recipe.validation.ema:
+            return own
+        with self.engine.averaged():
+            averaged = figures()
+        return averaged and own | {f"ema_{name}": averaged[name] for name in self.recipe.task.figures}
 
     def _save(self, done: int, validation_due: bool = False) -> None:
         self.runtime.phase("saving", done)

@@ -11,11 +11,11 @@ from dsmim.checkpoint.run_directory import RunDirectory
 from dsmim.checkpoint.saved_layout import PARAMETER_ORDER
 from dsmim.checkpoint.universal import convert
 from dsmim.checkpoint.universal_loading import load_universal
-from dsmim.checkpoint.zero_shards import ZeroShards
+from dsmim.checkpoint.zero_shards import MODEL_FILE, ZeroShards, load_file
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.zero import Engine
 
-_GROUPING = ("optim.no_decay:", "optim.layer_decay:", "optim.weight_decay:")
+_GROUPING = ("optim.no_decay:", "optim.model_no_decay:", "optim.layer_decay:", "optim.weight_decay:")
 """Keys that decide which parameters share a group of the optimizer."""
 
 
@@ -43,5 +43,7 @@ def _loads_as_it_is(run: RunDirectory, engine: Engine, runtime: Runtime) -> bool
         return False
     order = run.state.get(PARAMETER_ORDER)
     if order is None and engine.stage == 0:  # an older dsmim wrote it: nothing else tells the order of the moments
-        return not any(change.startswith(_GROUPING) for change in run.changes)
+        saved = load_file(run.resume_from / MODEL_FILE)["optimizer"]["param_groups"]
+        same_sizes = [len(group["params"]) for group in saved] == [len(group.names) for group in engine.groups]
+        return same_sizes and not any(change.startswith(_GROUPING) for change in run.changes)
     return same_places(run.resume_from, order, engine, runtime.rank)

@@ -10,8 +10,7 @@ DeepSpeed's other ways do not work here (0.19):
   its first step. `safe_set_full_*` lose the end of a parameter that the ranks do not divide evenly. None of them
   changes the weights that the forward pass uses.
 
-Besides engine_layout.py, this relies on update_lp_params() (runtime/zero/stage_1_and_2.py), the checkpoint events and
-_reassign_or_swap_out_partitioned_parameters() (runtime/zero/stage3.py).
+Besides engine_layout.py, this relies on what engine/zero_internals.py calls in DeepSpeed to use new masters.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from dsmim.checkpoint.universal import read_manifest, read_module, read_paramete
 from dsmim.engine.construct import saved_buffers
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.zero import Engine
-from dsmim.engine.zero_internals import own_part
+from dsmim.engine.zero_internals import on_nvme, own_part, release_gathered, update_forward_weights
 
 Manifest = dict[str, Any]
 
@@ -44,13 +43,12 @@ def load_universal(universal: Path, engine: Engine, runtime: Runtime) -> None:
     with runtime.all_or_none():
         check_same_model(universal, manifest, engine)
         _check_not_on_nvme(engine)
-    if engine.stage == 3:
-        engine.deepspeed.optimizer.checkpoint_event_prologue()  # else gathered weights would hide the new shards
+    release_gathered(engine.deepspeed.optimizer, engine.stage)
     flats = flat_tensors(engine, runtime.rank)
     with torch.no_grad():
         with runtime.all_or_none():
             _fill_all(universal, manifest, engine, flats, runtime.rank)
-        _update_forward_weights(engine)
+        update_forward_weights(engine.deepspeed.optimizer, engine.stage)
     for counter, value in manifest["counters"].items():
         setattr(engine.deepspeed, counter, value)  # not micro_steps: a checkpoint is saved between two steps
     check_loaded(universal, manifest, engine, flats, runtime)
@@ -58,8 +56,7 @@ def load_universal(universal: Path, engine: Engine, runtime: Runtime) -> None:
 
 
 def _check_not_on_nvme(engine: Engine) -> None:
-    optimizer = engine.deepspeed.optimizer
-    if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
+    if on_nvme(engine.deepspeed.optimizer):
         raise ValueError(
             "engine.deepspeed: with weights or optimizer offloaded to NVMe a run can resume only with the number of "
             "ranks, the ZeRO stage and the parameter groups (optim.no_decay, optim.layer_decay) of its checkpoint; "
@@ -114,17 +111,6 @@ def _fill_frozen(parameter: nn.Parameter, value: torch.Tensor, rank: int) -> Non
         parameter.ds_tensor.narrow(0, 0, numel).copy_(value.narrow(0, start, numel))
     else:
         parameter.copy_(value.view(parameter.shape))
-
-
-def _update_forward_weights(engine: Engine) -> None:
-    """Copy the masters to the weights that the forward pass uses. Collective. At stage 0 both are the same tensors."""
-    optimizer = engine.deepspeed.optimizer
-    if engine.stage in (1, 2):
-        optimizer.update_lp_params()
-    elif engine.stage == 3:
-        for number in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(number)
-        optimizer.checkpoint_event_epilogue()  # gathers the small parameters that always stay gathered
 
 
 def _read_piece(universal: Path, piece: EnginePiece, key: str) -> torch.Tensor:

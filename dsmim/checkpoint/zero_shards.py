@@ -35,7 +35,8 @@ MODEL_FILE, OPTIMIZER_FILE = "mp_rank_00_model_states.pt", "mp_rank_00_optim_sta
 
 _ORDER_UNKNOWN = (
     f"state.json does not say which moments belong to which parameter (it has no {PARAMETER_ORDER}: an older dsmim "
-    "wrote it); resume at ZeRO stage 0 with the recipe that it was saved with, on any number of ranks, and save once"
+    "wrote it); resume at ZeRO stage 0 with the recipe that it was saved with, on any number of ranks, and save once "
+    "(a network of timm needs optim.model_no_decay=false --fork for that: older versions grouped so)"
 )
 
 

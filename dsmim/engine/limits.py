@@ -114,6 +114,9 @@ class FaultLimits:
 
 
 def untrained_loss(task: SimMIMTask | ClassifyTask) -> float:
-    """Return the loss of an untrained network: in classification ln(classes), that of equal probabilities, which label
-    smoothing and mixing do not change."""
-    return math.log(task.num_classes) if task.name == "classify" else _UNTRAINED_SIMMIM
+    """Return the training loss of an untrained network, whose logits are about 0. Label smoothing and mixing do not
+    change it: in classification it is ln(classes), that of equal probabilities; with bce ln(2) per class, whatever the
+    target."""
+    if task.name != "classify":
+        return _UNTRAINED_SIMMIM
+    return math.log(2 if task.loss == "bce" else task.num_classes)

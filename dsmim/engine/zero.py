@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from dsmim.engine.ds_config import load_ds_config, owned_keys, zero_stage
 from dsmim.engine.optim import build_optimizer, parameter_groups
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.schedule import LearningRate
-from dsmim.engine.zero_internals import clear_padding, group_members, release_modules, share_masters
+from dsmim.engine.zero_internals import clear_padding, group_members, on_nvme, release_modules, share_masters
 from dsmim.recipe import Recipe
 
 
@@ -43,7 +44,7 @@ class Engine:
     def __init__(self, model: nn.Module, layers: dict[str, int], recipe: Recipe, runtime: Runtime,
                  accumulation: int, rate: LearningRate, parts: Iterable[nn.Module]):  # fmt: skip
         self.runtime, self.rate, self.accumulation = runtime, rate, accumulation
-        self.ema_decay = recipe.optim.ema_decay
+        self.ema_decay, self.ema_warmup = recipe.optim.ema_decay, recipe.optim.ema_warmup
         self.precision = resolve_precision(recipe.engine.precision, runtime.device)
         # Each of the next steps needs the one before it.
         self.config = load_ds_config(recipe.engine.deepspeed, self._owned_keys(recipe, model))
@@ -60,6 +61,11 @@ class Engine:
         if self.stage == 3:
             share_masters(self.deepspeed.optimizer)
             clear_padding(self.deepspeed.optimizer, runtime.rank)
+        if recipe.validation.ema and on_nvme(self.deepspeed.optimizer):
+            raise ValueError(
+                "validation.ema: the average cannot be measured with weights or optimizer offloaded to NVMe; set "
+                "validation.ema=false, or use a DeepSpeed JSON without NVMe"
+            )
         self._check_compiled(recipe)
         self._check_groups()
 
@@ -78,6 +84,11 @@ class Engine:
     def eval(self) -> None:
         """Set the model to evaluation mode."""
         self.deepspeed.eval()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return a context in which the forward pass uses the moving average of the weights. Collective, see
+        ema.swapped_in; it must not be entered between a backward and its step."""
+        return ema.swapped_in(self.optimizer, self.deepspeed.optimizer, self.stage)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of one micro batch's mean loss, divided by the number of micro batches."""
@@ -103,7 +114,7 @@ class Engine:
             norm = float(self.deepspeed.get_global_grad_norm())
         applied = self.deepspeed.was_step_applied()
         if applied and self.ema_decay is not None:
-            ema.update(self.optimizer, self.ema_decay)
+            ema.update(self.optimizer, ema.decay_at(step, self.ema_decay, self.ema_warmup))
         return StepResult(norm if applied else math.inf, self.rate.at(step), applied)
 
     def save_checkpoint(self, folder: Path) -> None:

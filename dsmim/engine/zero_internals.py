@@ -32,6 +32,31 @@ def clear_padding(optimizer: Any, rank: int) -> None:
             begin += size
 
 
+def on_nvme(optimizer: Any) -> bool:
+    """Return whether DeepSpeed keeps weights or the optimizer's state on NVMe, where no flat tensor holds them."""
+    return bool(getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False))
+
+
+def release_gathered(optimizer: Any, stage: int) -> None:
+    """Free the whole parameters that are gathered at stage 3, also those that always stay so, before their shards
+    change: they would hide the change. Collective."""
+    if stage == 3:
+        optimizer.checkpoint_event_prologue()
+
+
+def update_forward_weights(optimizer: Any, stage: int) -> None:
+    """Copy the masters to the weights that the forward pass uses. Collective. At stage 0 both are the same tensors.
+
+    optimizer: DeepSpeed's. At stage 3 release_gathered goes before the change of the masters.
+    """
+    if stage in (1, 2):
+        optimizer.update_lp_params()
+    elif stage == 3:
+        for number in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(number)
+        optimizer.checkpoint_event_epilogue()  # gathers the small parameters that always stay gathered
+
+
 def release_modules(module: nn.Module) -> None:
     """Take a closed engine's model out of what DeepSpeed keeps for the whole process. Without ZeRO-3, do nothing.
 

@@ -3,6 +3,7 @@
 from dsmim.models.attention.window import fix_position_bias
 from dsmim.models.blocks import Recompute, compile_blocks
 from dsmim.models.build import materialise, materialised
+from dsmim.models.foreign import named_without_decay
 from dsmim.models.registry import classifier, create_model, layer_ids, model_names, set_recompute, timm_arguments
 from dsmim.models.simmim import SimMIM
 from dsmim.models.stochastic_depth import PositionDraws
@@ -19,6 +20,7 @@ __all__ = [
     "materialise",
     "materialised",
     "model_names",
+    "named_without_decay",
     "set_recompute",
     "timm_arguments",
 ]

@@ -104,6 +104,13 @@ def _built_for_one_size(entry: str) -> bool:
     return timm.get_pretrained_cfg(entry, allow_unregistered=True).fixed_input_size
 
 
+def named_without_decay(model: nn.Module) -> set[str]:
+    """Return the names, or patterns of names, that a network of timm wants to have no weight decay; of any other
+    network none."""
+    of_timm = type(model).__module__.partition(".")[0] == "timm"
+    return set(model.no_weight_decay()) if of_timm and hasattr(model, "no_weight_decay") else set()
+
+
 def layer_ids(model: nn.Module) -> dict[str, int]:
     """Return parameter name → layer id, by timm's own grouping (`group_matcher`); the highest is the head.
 

@@ -15,7 +15,7 @@ from dsmim.recipe.section import Section
 
 def contradictions(recipe: Recipe) -> list[str]:
     """Return one line per problem, with the key and the fix."""
-    checks = (_sizes, _mixing, _pixels, _without_effect, _given_otherwise, _rates, _best)
+    checks = (_sizes, _mixing, _losses, _pixels, _without_effect, _given_otherwise, _rates, _best)
     return [problem for check in checks for problem in check(recipe)]
 
 
@@ -46,6 +46,17 @@ def _mixing(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _losses(recipe: Recipe) -> Iterator[str]:
+    """Yield a loss that the targets leave without meaning."""
+    task = recipe.task
+    if task.name == "classify" and task.loss == "bce" and task.label_smoothing:
+        yield (
+            f"task.label_smoothing: {task.label_smoothing:g} makes every target larger than 0, and task.loss=bce "
+            "counts such a target as 1: every class would be right; set task.label_smoothing=0, or "
+            "task.loss=cross_entropy"
+        )
+
+
 def _pixels(recipe: Recipe) -> Iterator[str]:
     yield from pixel_problems(recipe.model.in_chans, recipe.data)
 
@@ -53,7 +64,8 @@ def _pixels(recipe: Recipe) -> Iterator[str]:
 def _without_effect(recipe: Recipe) -> Iterator[str]:
     """Yield keys that differ from their default, but have no effect because another key is off."""
     model, data, optim, schedule = recipe.model, recipe.data, recipe.optim, recipe.schedule
-    multistep = schedule.name == "multistep"
+    multistep, warmed = schedule.name == "multistep", any(schedule.warmup.model_dump().values())
+    foreign = model.name.startswith("timm:")
     yield from _unused(model, "model.grad_checkpointing_stages", model.grad_checkpointing, "model.grad_checkpointing")
     for key in ("model.drop_path", "model.drop_path_rates"):
         yield from _unused(model, key, model.drop_path_rate, "model.drop_path_rate")
@@ -62,6 +74,13 @@ def _without_effect(recipe: Recipe) -> Iterator[str]:
     yield from _unused(optim, "optim.lr_base_batch", optim.lr_scaling == "linear", "optim.lr_scaling=linear")
     yield from _unused(schedule, "schedule.gamma", multistep, "schedule.name=multistep")
     yield from _unused(schedule, "schedule.min_lr", not multistep, "schedule.name=cosine")
+    yield from _unused(schedule, "schedule.cosine", not multistep and warmed, "schedule.name=cosine and a warm-up")
+    yield from _unused(schedule, "schedule.epoch", schedule.update == "epoch", "schedule.update=epoch")
+    yield from _unused(schedule, "schedule.layer_scale", optim.layer_decay < 1, "optim.layer_decay below 1")
+    yield from _unused(optim, "optim.ema_warmup", optim.ema_decay, "optim.ema_decay")
+    yield from _unused(optim, "optim.model_no_decay", foreign, "a network of timm (model.name=timm:NAME)")
+    yield from _unused(recipe.validation, "validation.ema", data.val, "data.val")
+    yield from _unused(recipe.validation, "validation.ema", optim.ema_decay, "optim.ema_decay")
     if (task := recipe.task).name == "classify":
         yield from _unused(task, "task.mix_switch", task.mixup and task.cutmix, "both task.mixup and task.cutmix")
         yield from _unused(task, "task.mix_run", task.mixes, "task.mixup or task.cutmix")
@@ -100,6 +119,8 @@ def _rates(recipe: Recipe) -> Iterator[str]:
 def _best(recipe: Recipe) -> Iterator[str]:
     """Yield what would leave checkpoint.keep_best without any figure."""
     best, figures = recipe.checkpoint.keep_best, recipe.task.figures
+    if recipe.validation.ema:
+        figures = (*figures, *(f"ema_{name}" for name in figures))
     if best is None:
         return
     if recipe.data.val is None:
@@ -108,4 +129,6 @@ def _best(recipe: Recipe) -> Iterator[str]:
         close = difflib.get_close_matches(best.metric, figures, n=1, cutoff=0.5)
         meant = f"; did you mean {close[0]}?" if close else ""
         known = ", ".join(figures)
+        if best.metric.removeprefix("ema_") in figures:
+            meant = "; set validation.ema=true, or another metric"
         yield f"checkpoint.keep_best.metric: {recipe.task.name} measures {known}, no {best.metric!r}{meant}"

@@ -14,13 +14,17 @@ class Validation(Section):
 
     every: Duration = Duration(epochs=1)
     """How often the validation set is measured. It is always measured at the end too."""
+    ema: bool = False
+    """Measure the moving average of the weights (optim.ema_decay) too: val_ema_loss, val_ema_accuracy, …; a validation
+    takes twice as long."""
 
 
 class Best(Section):
     """What makes one checkpoint better than another."""
 
     metric: str
-    """A figure of the validation, named as in metrics.jsonl without val_: loss, accuracy, …"""
+    """A figure of the validation, named as in metrics.jsonl without val_: loss, accuracy, …; with validation.ema also
+    ema_loss, ema_accuracy, …"""
     mode: Literal["min", "max"]
 
 

@@ -30,13 +30,17 @@ class SimMIMTask(Section):
 
 
 class ClassifyTask(Section):
-    """Supervised classification with cross entropy over soft targets."""
+    """Supervised classification."""
 
     name: Literal["classify"]
     figures: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
     """What a validation measures, for checkpoint.keep_best."""
     num_classes: Annotated[int, Field(ge=2)]
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+    """cross_entropy: over soft targets. bce: binary cross entropy of each class, where every target above 0 counts as 1
+    (DeiT III on ImageNet-1K). The validation's loss is the cross entropy of the labels with both."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a target that all classes get equally; 0 with bce."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
     """Alpha of the Beta distribution of mixup; 0: no mixup."""
     cutmix: Annotated[float, Field(ge=0)] = 0.0

@@ -23,12 +23,18 @@ class Optim(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     no_decay: list[str] = ["*mask_token", "*logit_scale", "*cpb_mlp*", "*pos_embed", "*cls_token"]
     """Shell patterns of the names of parameters without weight decay; biases and other 1-D tensors never have any."""
+    model_no_decay: bool = True
+    """timm:NAME: no weight decay for what the network itself names either (its no_weight_decay()), such as register
+    tokens and tables of relative positions. false: optim.no_decay alone decides."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the learning rate per layer below the head (arXiv 2106.08254)."""
     clip_grad: Positive | None = 5.0
     """Largest global gradient norm; null: no clipping."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay per step of a moving average of the weights (4 more bytes per parameter, in shards); null: no average."""
+    ema_warmup: bool = False
+    """Begin with a short average: the k-th update has a decay of at most 1 - k^(-2/3), as timm's ModelEmaV3
+    with use_warmup."""
 
 
 class Schedule(Section):
@@ -39,6 +45,18 @@ class Schedule(Section):
     warmup: Duration = Duration(steps=0)
     warmup_lr: Annotated[float, Field(ge=0)] = 0.0
     """Learning rate at step 0 of the warm-up."""
+    cosine: Literal["after_warmup", "whole"] = "after_warmup"
+    """Where the cosine begins: after_warmup: at its end, with the peak (MAE, BEiT, Swin); whole: at step 0, so that the
+    rate drops a little where the warm-up ends (DeiT, microsoft/SimMIM)."""
+    update: Literal["step", "epoch"] = "step"
+    """When the rate changes. epoch: once per epoch, and one epoch late: the first two epochs have the first rate, as in
+    facebookresearch/deit, which calls timm's scheduler after each epoch with that epoch's number."""
+    epoch: Duration | None = None
+    """update=epoch: length of an epoch; null: {epochs: 1}, rounded up to steps. facebookresearch/deit drops what does
+    not fill a batch: ImageNet-1K at 2048 has {steps: 625}."""
+    layer_scale: Literal["peak", "rate"] = "peak"
+    """What optim.layer_decay scales: peak: the peak alone, so that all layers share warmup_lr and min_lr
+    (microsoft/SimMIM); rate: the whole rate of every step (BEiT, MAE)."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """Learning rate at the end of the cosine."""
     milestones: list[Duration] = []
@@ -64,7 +82,8 @@ class Engine(Section):
     the run."""
     max_loss_growth: Annotated[float, Field(gt=1)] | None = 3
     """Stop the run as diverged when the mean loss of its last 20 steps exceeds this multiple of that of its first 20,
-    and also the loss of an untrained network (classification: ln(classes); masked image modelling: 1); null: never."""
+    and also the loss of an untrained network (classification: ln(classes), with bce ln(2); masked image modelling: 1);
+    null: never."""
     timeout_minutes: Positive = 10
     """How long a rank waits for another one, before the job ends with an error. It holds until the first step is done,
     and in validation and saving."""

@@ -11,6 +11,7 @@ from dsmim.data.transforms import Transform, eval_transform, train_transform
 from dsmim.models import layer_ids
 from dsmim.recipe import Recipe
 from dsmim.tasks.base import Batch, Forward, Task, encoder_from
+from dsmim.tasks.losses import LOSSES
 from dsmim.tasks.mixing import mix
 
 
@@ -23,11 +24,11 @@ class _LabelledSample:
 
 
 class Classify(Task):
-    """Classification with cross entropy over soft targets: label smoothing, mixup, CutMix."""
+    """Classification over soft targets (label smoothing, mixup, CutMix), with the loss of task.loss."""
 
     def __init__(self, recipe: Recipe):
         self.settings, self.seed = recipe.task, recipe.seed
-        self.classes = recipe.task.num_classes
+        self.classes, self.loss = recipe.task.num_classes, LOSSES[recipe.task.loss]
         self.model = encoder_from(recipe, num_classes=self.classes)
         self.layers = layer_ids(self.model)
         augment, size, self.normalise = recipe.data.augment, recipe.model.img_size, normalisation(recipe)
@@ -40,19 +41,19 @@ class Classify(Task):
             raise ValueError(problem)
 
     def training_loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """Return the mean cross entropy over soft targets, after mixup or CutMix."""
+        """Return the mean loss over soft targets, after mixup or CutMix."""
         images, targets = self.normalise(batch["image"]), self._targets(batch["label"])
         if self.settings.mixes:
             images, targets = mix(images, targets, batch["position"], self.settings, self.seed)
-        logits = forward(images).float()  # (B, classes)
-        return -(targets * F.log_softmax(logits, dim=-1)).sum(dim=-1).mean()
+        return self.loss(forward(images).float(), targets)
 
     def logits(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Return (B, classes) in fp32 for images that were not mixed."""
         return forward(self.normalise(batch["image"])).float()
 
     def validation_sums(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """Return (3,) float64: weighted sums of cross entropy (hard labels), right answers and samples."""
+        """Return (3,) float64: weighted sums of cross entropy (hard labels, whatever task.loss), right answers and
+        samples."""
         return self.sums(self.logits(forward, batch), batch["label"], batch["weight"].double())
 
     def sums(self, logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

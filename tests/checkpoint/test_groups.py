@@ -4,12 +4,14 @@ DeepSpeed loads the optimizer's state by place: without this, a parameter would 
 """
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from dsmim.checkpoint.reading import locate
 from dsmim.checkpoint.zero_shards import ZeroShards
+from dsmim.engine.digest import file_entry
 from tests.conftest import run, tiny_recipe
 
 FIT = """
@@ -21,8 +23,9 @@ from dsmim.train import fit
 from pathlib import Path
 
 folder, steps, groups, recipe = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
-if groups == "timm":  # the final norm in the group of the last block
+if groups == "timm":  # the final norm in the group of the last block, the register token with weight decay
     dsmim.tasks.classify.layer_ids = foreign.layer_ids
+    recipe["optim"]["model_no_decay"] = False
 recipe["schedule"] = {"duration": {"steps": steps}}
 fit(parse_recipe(recipe, "tiny"), folder, fork=True)
 """
@@ -31,7 +34,7 @@ fit(parse_recipe(recipe, "tiny"), folder, fork=True)
 @pytest.mark.parametrize("stage", ["zero0", "zero2"])
 def test_moments_stay_with_their_parameters(tmp_path, shards, stage):
     """At a rate of almost 0, the moments after 4 steps do not depend on the groups."""
-    vit = {"depth": 2, "embed_dim": 32, "num_heads": 1}
+    vit = {"depth": 2, "embed_dim": 32, "num_heads": 1, "reg_tokens": 1}
     recipe = tiny_recipe(
         shards,
         task={"name": "classify", "num_classes": 3},
@@ -41,6 +44,8 @@ def test_moments_stay_with_their_parameters(tmp_path, shards, stage):
     )
     text = json.dumps(recipe)
     run("python", "-c", FIT, tmp_path / "resumed", 2, "timm", text)
+    if stage == "zero0":
+        refuses_to_guess_the_order(tmp_path, text)
     printed = run("python", "-c", FIT, tmp_path / "resumed", 4, "ours", text)
     run("python", "-c", FIT, tmp_path / "whole", 4, "ours", text)
     resumed, whole = (ZeroShards(locate(tmp_path / name)) for name in ("resumed", "whole"))
@@ -54,3 +59,18 @@ def test_moments_stay_with_their_parameters(tmp_path, shards, stage):
             found, expected = resumed.tensor(name, key), whole.tensor(name, key)
             assert torch.allclose(found, expected, rtol=1e-6, atol=1e-20), (name, key)  # biases begin at 0
     assert resumed.tensor("norm.weight", "exp_avg").any()
+
+
+def refuses_to_guess_the_order(folder, text: str) -> None:
+    """The first versions did not record which moments belong to which parameter at stage 0."""
+    shutil.copytree(folder / "resumed", folder / "older")
+    checkpoint = locate(folder / "older")
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["optimizer_parameters"]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["state.json"] = file_entry(checkpoint / "state.json")
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    failed = run("python", "-c", FIT, folder / "older", 4, "ours", text, check=False)
+    assert failed.returncode and "does not say which moments belong to which parameter" in failed.stderr
+    assert "a network of timm needs optim.model_no_decay=false --fork" in failed.stderr

@@ -67,13 +67,15 @@ def test_a_loss_that_diverges_stops_the_run(tmp_path):
 
 
 CLASSIFY = {"task": {"name": "classify", "num_classes": 1000}}
+BCE = {"task": CLASSIFY["task"] | {"loss": "bce"}}
 
 
 @pytest.mark.parametrize(
-    ("changes", "first", "fine", "diverged"), [({}, 0.01, 0.9, 1.1), ({}, 0.7, 2.0, 2.2), (CLASSIFY, 0.01, 6.8, 7.0)]
+    ("changes", "first", "fine", "diverged"),
+    [({}, 0.01, 0.9, 1.1), ({}, 0.7, 2.0, 2.2), (CLASSIFY, 0.01, 6.8, 7.0), (BCE, 0.005, 0.69, 0.7)],
 )
 def test_a_run_that_starts_near_zero_has_not_diverged_below_an_untrained_loss(tmp_path, changes, first, fine, diverged):
-    """ln(1000) is 6.91."""
+    """ln(1000) is 6.91, ln(2) is 0.693."""
     applied, limits = StepResult(1.0, 1e-3, applied=True), fault_limits(tmp_path, [], **changes)
     for step in range(100):
         limits.check_step(step, first if step < 20 else fine, 1.0, applied, [])

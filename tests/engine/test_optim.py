@@ -25,6 +25,50 @@ def test_groups_are_merged_by_equal_scale_and_decay():
     assert [g["lr_scale"] for g in optimizer.param_groups] == [g.scale for g in groups]
 
 
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 1}
+NETWORKS = {  # network of timm: options, and what it names besides what optim.no_decay matches
+    "beit_base_patch16_224": (SMALL, ["blocks.0.attn.relative_position_bias_table"]),
+    "swin_tiny_patch4_window7_224": (
+        {"embed_dim": 32, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)},
+        ["layers.0.blocks.0.attn.relative_position_bias_table"],
+    ),
+    "vit_tiny_patch16_224": (SMALL | {"reg_tokens": 4}, ["reg_token"]),
+    "deit_tiny_distilled_patch16_224": (SMALL, ["dist_token"]),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_a_network_of_timm_names_itself_has_no_weight_decay(name):
+    """As timm's own optimizers and groups: compared by timm.optim.param_groups_weight_decay."""
+    from timm.optim import param_groups_weight_decay
+
+    options, named = NETWORKS[name]
+    model = create_model(f"timm:{name}", num_classes=2, options=options)
+    plain, alone = (_without_decay(model, model_no_decay=own) for own in (True, False))
+    assert plain - alone >= set(named) and not alone & set(named)
+    theirs = param_groups_weight_decay(model, 0.1, no_weight_decay_list=model.no_weight_decay())
+    numbers = {id(p) for group in theirs if not group["weight_decay"] for p in group["params"]}
+    assert plain == {key for key, parameter in model.named_parameters() if id(parameter) in numbers}
+
+
+def _without_decay(model, **optim) -> set[str]:
+    groups = parameter_groups(model, layer_ids(model), Optim(lr=1e-3, weight_decay=0.1, **optim))
+    return {name for group in groups if not group.weight_decay for name in group.names}
+
+
+@pytest.mark.parametrize("name", ["deit3_nano_patch16", "swinv2_nano"])
+def test_dsmim_s_own_networks_follow_the_recipe_s_patterns_alone(name):
+    """The defaults are the published sets: pos_embed and cls_token of DeiT III (models_v2.py), logit_scale and cpb_mlp
+    of Swin V2 in fine-tuning (swin_transformer_v2.py), beside what has one dimension or is called bias."""
+    sizes = {"img_size": 32, "num_classes": 2} | ({"window_size": 4} if name.startswith("swin") else {})
+    model = create_model(name, **sizes)
+    published = ("logit_scale", "cpb_mlp") if name.startswith("swin") else ("pos_embed", "cls_token")
+    flat = {key for key, parameter in model.named_parameters() if parameter.ndim == 1 or key.endswith(".bias")}
+    listed = {key for key, _ in model.named_parameters() if any(word in key for word in published)}
+    assert _without_decay(model) == flat | listed and listed - flat
+    assert _without_decay(model, no_decay=[]) == flat
+
+
 def test_a_parameter_without_dimensions_is_refused_by_name():
     """DeepSpeed fails on it in deepspeed.initialize, with a message that names nothing."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Module())

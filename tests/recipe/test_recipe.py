@@ -186,6 +186,30 @@ CLASSIFY = {"name": "classify", "num_classes": 3}
             "schedule.min_lr: 1e-05 has no effect without schedule.name=cosine",
         ),
         ({"schedule": {"min_lr": 0.1}}, "schedule.min_lr: 0.1 is above optim.lr 0.001"),
+        (
+            {"schedule": {"cosine": "whole", "warmup": {"epochs": 0}}},
+            "schedule.cosine: whole has no effect without schedule.name=cosine and a warm-up",
+        ),
+        ({"schedule": {"epoch": {"steps": 4}}}, "has no effect without schedule.update=epoch; give that, or set sched"),
+        (
+            {"schedule": {"layer_scale": "rate"}, "optim": {"layer_decay": 1}},
+            "schedule.layer_scale: rate has no effect without optim.layer_decay below 1",
+        ),
+        ({"optim": {"ema_warmup": True}}, "optim.ema_warmup: True has no effect without optim.ema_decay"),
+        ({"optim": {"model_no_decay": False}}, "optim.model_no_decay: False has no effect without a network of timm"),
+        ({"validation": {"ema": True}}, "validation.ema: True has no effect without optim.ema_decay"),
+        (
+            {"validation": {"ema": True}, "optim": {"ema_decay": 0.9}, "data": {"val": None}},
+            "validation.ema: True has no effect without data.val",
+        ),
+        (
+            {"task": CLASSIFY | {"loss": "bce", "label_smoothing": 0.1}},
+            "task.label_smoothing: 0.1 makes every target larger than 0, and task.loss=bce counts such a target as 1",
+        ),
+        (
+            {"checkpoint": {"keep_best": {"metric": "ema_loss", "mode": "min"}}},
+            "simmim measures loss, no 'ema_loss'; set validation.ema=true",
+        ),
         ({"schedule": {"warmup_lr": 0.1}}, "schedule.warmup_lr: 0.1 is above optim.lr 0.001"),
         (
             {"checkpoint": {"keep_best": {"metric": "accuracy", "mode": "max"}}},
@@ -207,6 +231,13 @@ def test_settings_that_would_be_ignored_without_a_word(tmp_path, changes, messag
     found = problems_of(tree)
     assert len(found) == 1 and message in found[0], found
     assert stored_recipe(tree, "checkpoint").name == "tiny"  # what a checkpoint keeps can still be evaluated
+
+
+def test_the_best_may_be_that_of_the_moving_average(tmp_path):
+    tree = tiny_recipe(tmp_path, checkpoint={"keep_best": {"metric": "ema_loss", "mode": "min"}})
+    tree["optim"] |= {"ema_decay": 0.9}
+    tree["validation"]["ema"] = True
+    assert parse_recipe(tree, "t").checkpoint.keep_best.metric == "ema_loss"
 
 
 @pytest.mark.parametrize("task", [{"name": "simmim", "mask_patch": 16}, CLASSIFY])
