@@ -104,7 +104,8 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 class _RandomErasing:
-    """timm's RandomErasing in "pixel" mode (area 0.02 to 1/3, ratio 0.3 to 3.3), before normalisation.
+    """timm's RandomErasing in "pixel" mode (area 0.02 to 1/3, ratio 0.3 to 3.3, timm's 1 / 0.3), before
+    normalisation.
 
     Normal noise with the mean and standard deviation of the normalisation is rounded to uint8 and clipped. timm, which
     erases after normalisation, does not clip: with ImageNet's figures 2 % of the noise values are affected.

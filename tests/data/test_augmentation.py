@@ -1,6 +1,7 @@
 """The augmentation of DeiT III: its pixels against Pillow and torchvision, its random numbers against the papers."""
 
 import random
+import runpy
 from collections import Counter
 
 import numpy as np
@@ -18,7 +19,7 @@ from dsmim.data.streams import own_stream, reseed
 from dsmim.data.three_augment import ColourChange
 from dsmim.data.transforms import train_transform
 from dsmim.recipe import Augment
-from tests.conftest import image_bytes
+from tests.conftest import ROOT, image_bytes
 
 DEIT = Augment(crop="simple", interpolation="bicubic", three_augment=True, color_jitter=0.3)
 # What facebookresearch/deit (augment.py) calls, with the parameters that torchvision or the class there would draw
@@ -183,3 +184,13 @@ def test_an_elongated_image_is_not_blown_up():
     assert crop(data).shape == (3, 24, 24)
     with pixel_limit(100_000), pytest.raises(Undecodable, match="resized to 24, 21600 × 24 pixels; more than 100000"):
         crop(data)
+
+
+def test_the_command_that_draws_the_pictures_of_the_documentation(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(image_bytes(3, side=150, kind="JPEG"))
+    draw = runpy.run_path(str(ROOT / "examples/augmentations.py"))["main"]
+    draw(str(tmp_path / "photo.jpg"), str(tmp_path / "out"))
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {file.name for file in (ROOT / "docs/images").glob("augment_*.jpg")}
+    page = (ROOT / "docs/augmentation.md").read_text()
+    assert all(f"(images/{name})" in page for name in names)
