@@ -53,8 +53,8 @@ def test_rand_augment_is_timm_s(name):
 
 
 def test_erasing_comes_last_and_is_timm_s():
-    """Height and width of the rectangles: two samples of 1,500, Kolmogorov-Smirnov at 99.9 %. The noise, normalised: mean 0
-    and deviation 1, less what is clipped."""
+    """Height and width of the rectangles: two samples of 1,500, Kolmogorov-Smirnov at 99.9 %. The noise, normalised:
+    mean 0 and deviation 1, less what is clipped."""
     theirs, ours = both("rand-m9-mstd0.5-inc1")
     kinds = [type(step) for step in theirs]
     assert kinds.index(RandAugment) < kinds.index(Normalize) < kinds.index(RandomErasing) == len(kinds) - 1
