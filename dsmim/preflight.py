@@ -113,7 +113,7 @@ def _check_weights(path: Path) -> None:
 
 
 def _check_same_run(run_dir: Path, state: dict[str, Any], recipe: Recipe, shards: list[ShardIndex] | None) -> None:
-    if changes := changes_of(state, recipe, {} if shards is None else identity(shards)):
+    if changes := changes_of(state, recipe, {} if shards is None else identity(recipe.data, shards)):
         raise changed_error(run_dir, changes)
 
 

@@ -93,7 +93,7 @@ def open_data(recipe: Recipe, runtime: Runtime) -> tuple[Task, RunData]:
         validation = open_validation(recipe, task, runtime) if recipe.data.val is not None else None
         shards = train.reader.shards, None if validation is None else validation.reader.shards
         notes = runtime.on_rank_zero(lambda: check_data(recipe, *shards))
-    return task, RunData(train, validation, identity(train.reader.shards), notes)
+    return task, RunData(train, validation, identity(recipe.data, train.reader.shards), notes)
 
 
 def training_data(recipe: Recipe, task: Task, runtime: Runtime) -> TarDataset:

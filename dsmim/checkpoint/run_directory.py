@@ -21,9 +21,14 @@ from dsmim.recipe.reading import differences
 IDENTITY = {
     "data_fingerprint": "data.train: the shards are not those the run was started with",
     "decoder": "decoder: {old} → {new}: the same images have other pixels now, see docs/data.md",
+    "repeats_order": "data.repeats: the repeats of a sample came {old} when the run was started, and are {new} in the "
+    "global batch now; epochs are shorter too, see docs/data.md",
 }
 """Keys of state.json that a resume compares besides the recipe, and what to say if one differs ({old} and {new} are its
 values)."""
+
+_OLDER_REPEATS = {"repeats_order": "in a row"}
+"""What runs with data.repeats did before they recorded it. Other keys that a state lacks are not compared."""
 
 
 @dataclass
@@ -131,12 +136,14 @@ class RunDirectory:
 def changes_of(state: dict[str, Any], recipe: Recipe, identity: dict[str, str]) -> list[str]:
     """Return the differences between a checkpoint's run and another recipe and identity (see IDENTITY), one line each.
 
-    state: of the checkpoint. What it does not have, because an older dsmim wrote it, is not compared.
+    state: of the checkpoint. What it does not have, because an older dsmim wrote it, is as in
+    _OLDER_REPEATS, or not compared.
     """
     before = Recipe.model_validate(state["recipe"])
     changes = differences(settled(before), settled(recipe, before))
-    other = [key for key, value in identity.items() if state.get(key, value) != value]
-    return changes + [IDENTITY[key].format(old=state[key], new=identity[key]) for key in other]
+    recorded = identity | (_OLDER_REPEATS if before.data.repeats > 1 else {}) | state
+    other = [key for key, value in identity.items() if recorded[key] != value]
+    return changes + [IDENTITY[key].format(old=recorded[key], new=identity[key]) for key in other]
 
 
 def _lock_directory(path: Path) -> TextIO:

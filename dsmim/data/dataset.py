@@ -57,8 +57,9 @@ class TarDataset(Dataset):
         raise DataError(f"{ATTEMPTS} undecodable images in a row: {'; '.join(faults)}")
 
     def _prefetch(self, draw: Draw, position: int) -> None:
-        if self._window != (draw.epoch, draw.window):
-            self._window = draw.epoch, draw.window
+        window = draw.epoch, draw.window
+        if self._window is None or window > self._window:  # with repeats a batch may return to the window before
+            self._window = window
             self.reader.prefetch(self.order.upcoming(position))
 
 

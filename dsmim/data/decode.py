@@ -117,11 +117,16 @@ def image_size(data: Buffer) -> tuple[int, int]:
     height, width = size or _size_by_pillow(data)
     if not height or not width:
         raise Undecodable(f"{width} × {height} pixels")
+    refuse_too_large(height, width)
+    return height, width
+
+
+def refuse_too_large(height: int, width: int, how: str = "") -> None:
+    """Raise Undecodable for more pixels than the limit; `how` begins the message."""
     if width * height > _limit:
         raise Undecodable(
-            f"{width} × {height} pixels; more than {_limit} count as a decompression bomb (data.max_pixels)"
+            f"{how}{width} × {height} pixels; more than {_limit} count as a decompression bomb (data.max_pixels)"
         )
-    return height, width
 
 
 def is_jpeg(data: Buffer) -> bool:

@@ -50,12 +50,13 @@ def validation_shards(data: Data) -> list[ShardIndex]:
     return chosen
 
 
-def identity(shards: list[ShardIndex]) -> dict[str, str]:
-    """Return what decides a run's pixels besides its recipe.
+def identity(data: Data, shards: list[ShardIndex]) -> dict[str, str]:
+    """Return what decides a run's pixels and their order besides its recipe.
 
     state.json holds it, and a resume compares it: see IDENTITY in checkpoint/run_directory.py.
     """
-    return {"data_fingerprint": fingerprint(shards), "decoder": decoder_name()}
+    repeats = {"repeats_order": "apart"} if data.repeats > 1 else {}
+    return {"data_fingerprint": fingerprint(shards), "decoder": decoder_name(), **repeats}
 
 
 def open_reader(data: Data, shards: list[ShardIndex], window: int) -> ShardReader:

@@ -5,6 +5,12 @@ divided into windows of a few shards, and the samples of a window are permuted. 
 the state of the data is one integer at any world size and any number of workers.
 
 Permutations are argsorts of Philox words: NumPy guarantees those bits across versions, but not Generator's methods.
+
+Repeated augmentation (arXiv 1901.09335) begins with the list in which every sample stands `repeats` times in a row. As
+in RASampler of facebookresearch/deit (timm: RepeatAugSampler), a global batch is the next stretch of that list, and
+ranks get different samples: there, rank r takes every entry whose number is r modulo the ranks. Here the entries whose
+number in the global batch is 0 modulo the repeats come first, then those with 1, and so on. This depends on no number
+of ranks, neighbours are different samples, and with at least as many ranks as repeats each copy is on another rank.
 """
 
 from __future__ import annotations
@@ -26,6 +32,7 @@ class Draw:
     """The sample at one position."""
 
     epoch: int
+    """Pass over the data set, from 0. With repeats its length is that of so many epochs; see Order."""
     shard: int
     """Index into the list of shards."""
     row: int
@@ -33,9 +40,9 @@ class Draw:
     sample: int
     """Sample within the data set, counted in the order of the shards."""
     repeat: int
-    """Number of the sample's repetition within the epoch, from 0 (repeated augmentation)."""
+    """Number of the sample's repetition within the pass, from 0 (repeated augmentation)."""
     window: int
-    """Window within the epoch."""
+    """Window within the pass."""
 
 
 def stream_key(*parts: int | str) -> int:
@@ -53,15 +60,16 @@ def permutation(n: int, *key: int | str) -> np.ndarray:
 class Order:
     """The order of samples over shards of the given sample counts.
 
-    window: number of shards whose samples are mixed; repeats: how often each sample comes per epoch, successively.
-    Raises ValueError when the shards have no samples.
+    window: number of shards whose samples are mixed; repeats: how often each sample comes in a pass over all;
+    global_batch: positions of a step, in which the repeats of a sample lie apart (1 leaves them in a row). Without
+    repeats it changes nothing. Raises ValueError when the shards have no samples.
     """
 
-    def __init__(self, counts: Sequence[int], seed: int, window: int, repeats: int = 1):
-        assert len(counts) and window >= 1 and repeats >= 1
+    def __init__(self, counts: Sequence[int], seed: int, window: int, repeats: int = 1, global_batch: int = 1):
+        assert len(counts) and window >= 1 and repeats >= 1 and global_batch >= 1
         self.counts = np.asarray(counts, np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
-        self.seed, self.window, self.repeats = seed, window, repeats
+        self.seed, self.window, self.repeats, self.global_batch = seed, window, repeats, global_batch
         self.samples = int(self.starts[-1])
         if not self.samples:
             raise ValueError("data: the shards contain no samples")
@@ -70,11 +78,17 @@ class Order:
 
     @property
     def epoch_samples(self) -> int:
-        """Positions per epoch."""
+        """Positions per epoch, as schedules count it: as many as there are samples, also with repeats, as in timm. With
+        repeats an epoch shows 1/repeats of the samples; so many epochs are a pass over all."""
+        return self.samples
+
+    @property
+    def pass_samples(self) -> int:
+        """Positions in which every sample comes `repeats` times."""
         return self.samples * self.repeats
 
     def __getitem__(self, position: int) -> Draw:
-        epoch, rest = divmod(position, self.epoch_samples)
+        epoch, rest = divmod(self._entry(position), self.pass_samples)
         place, repeat = divmod(rest, self.repeats)
         _, begins = self._epoch(epoch)
         number = bisect_right(begins, place) - 1
@@ -98,6 +112,22 @@ class Order:
         following = self._epoch(draw.epoch + 1)[0][: self.window]
         return [*shards[draw.window * self.window :].tolist(), *following.tolist()]
 
+    def _entry(self, position: int) -> int:
+        """Return which entry of the list with every sample `repeats` times in a row comes at a position.
+
+        A global batch of G positions has the same G entries; first every repeats-th from the first on, then every
+        repeats-th from the second on, and so on. The first G mod repeats of these turns have one entry more.
+        """
+        if self.repeats == 1:
+            return position
+        begin, place = position - position % self.global_batch, position % self.global_batch
+        length, longer = divmod(self.global_batch, self.repeats)
+        if place < longer * (length + 1):
+            turn, nth = divmod(place, length + 1)
+        else:
+            turn, nth = divmod(place - longer, length)
+        return begin + nth * self.repeats + turn
+
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, list[int]]:
         """Return the epoch's sequence of shards, and the place at which each window begins."""
         shards = permutation(len(self.counts), self.seed, "shards", epoch)
@@ -116,7 +146,8 @@ class Order:
 def training_order(recipe: Recipe, shards: list[ShardIndex]) -> Order:
     """Return the order in which a recipe reads the samples of its training shards."""
     counts = [index.samples for index in shards]
-    return Order(counts, recipe.seed, recipe.data.shuffle_window, recipe.data.repeats)
+    data = recipe.data
+    return Order(counts, recipe.seed, data.shuffle_window, data.repeats, recipe.batch.global_batch)
 
 
 def rank_positions(begin: int, global_batch: int, world_size: int, rank: int) -> range:

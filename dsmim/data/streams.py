@@ -46,6 +46,11 @@ def seeded(key: int):
             torch.default_generator.set_state(torch_state)
 
 
+def uniform(low: float, high: float) -> float:
+    """Draw from [low, high) by random(), the only function whose numbers Python keeps the same across versions."""
+    return low + (high - low) * random.random()
+
+
 def fresh_key() -> int:
     """Draw a key for `seeded` from the sample's stream."""
     return int(random.random() * 2**53)

@@ -14,10 +14,11 @@ from timm.data.transforms import str_to_pil_interp
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from dsmim.data.crop import RandomResizedCrop
+from dsmim.data.crop import training_crop
 from dsmim.data.decode import Buffer, decode
 from dsmim.data.normalisation import IMAGENET, Normalisation
 from dsmim.data.streams import fresh_key, seeded
+from dsmim.data.three_augment import ColourChange
 from dsmim.recipe import Augment
 
 Transform = Callable[[Buffer], torch.Tensor]
@@ -25,13 +26,16 @@ Transform = Callable[[Buffer], torch.Tensor]
 
 
 def train_transform(augment: Augment, img_size: int, pixels: Normalisation = IMAGENET) -> Transform:
-    """Return the training transform: random resized crop, flips, RandAugment and random erasing, on uint8.
+    """Return the training transform: crop, flips, colours (3-Augment, colour jitter or RandAugment), random erasing, on
+    uint8.
 
     pixels: how the result will be normalised; images are decoded to its number of channels. RandAugment needs 3.
     """
-    steps = [RandomResizedCrop(augment, img_size, pixels.channels)]
+    steps = [training_crop(augment, img_size, pixels.channels)]
     steps += [_RandomFlip(augment.hflip, dim=-1)] if augment.hflip else []
     steps += [_RandomFlip(augment.vflip, dim=-2)] if augment.vflip else []
+    if augment.three_augment or augment.color_jitter:
+        steps += [ColourChange(augment.three_augment, augment.color_jitter or 0.0)]
     steps += [_RandAugment(augment, img_size, pixels)] if augment.rand_augment else []
     steps += [_RandomErasing(augment.random_erasing, pixels)] if augment.random_erasing else []
     return _Steps(steps)
@@ -100,7 +104,8 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 class _RandomErasing:
-    """timm's RandomErasing in "pixel" mode (area 0.02 to 1/3, ratio 0.3 to 3.3), before normalisation.
+    """timm's RandomErasing in "pixel" mode (area 0.02 to 1/3, ratio 0.3 to 3.3, timm's 1 / 0.3), before
+    normalisation.
 
     Normal noise with the mean and standard deviation of the normalisation is rounded to uint8 and clipped. timm, which
     erases after normalisation, does not clip: with ImageNet's figures 2 % of the noise values are affected.

@@ -79,6 +79,8 @@ ALIASES = {
     "aa": "data.augment.rand_augment",
     "auto_augment": "data.augment.rand_augment",
     "reprob": "data.augment.random_erasing",
+    "threeaugment": "data.augment.three_augment",
+    "src": "data.augment.crop=simple",
     "scale": "data.augment.crop_scale",
     "ratio": "data.augment.crop_ratio",
     "crop_pct": "data.augment.eval_crop_ratio",

@@ -15,7 +15,9 @@ from dsmim.recipe.section import Section
 
 def contradictions(recipe: Recipe) -> list[str]:
     """Return one line per problem, with the key and the fix."""
-    checks = (_sizes, _mixing, _losses, _pixels, _without_effect, _given_otherwise, _rates, _best)
+    checks = (
+        _sizes, _mixing, _losses, _pixels, _augmentations, _without_effect, _given_otherwise, _rates, _best,
+    )  # fmt: skip
     return [problem for check in checks for problem in check(recipe)]
 
 
@@ -39,10 +41,11 @@ def _mixing(recipe: Recipe) -> Iterator[str]:
         size = getattr(batch, key)
         if size != "auto" and (problem := task.odd_batch(f"batch.{key}", size)):
             yield problem
-    if repeats > 1:
+    if repeats > 1 and batch.global_batch < 2 * repeats:
         yield (
-            f"data.repeats: {repeats} shows each sample {repeats} times in a row; mixup and CutMix pair neighbours, so "
-            "they would mix an image with itself; set data.repeats=1, or task.mixup=0 and task.cutmix=0"
+            f"data.repeats: {repeats} copies of an image are more than half of batch.global_batch "
+            f"{batch.global_batch}, so mixup and CutMix would mix it with itself; give batch.global_batch at least "
+            f"{2 * repeats}, or set data.repeats=1"
         )
 
 
@@ -59,6 +62,18 @@ def _losses(recipe: Recipe) -> Iterator[str]:
 
 def _pixels(recipe: Recipe) -> Iterator[str]:
     yield from pixel_problems(recipe.model.in_chans, recipe.data)
+
+
+def _augmentations(recipe: Recipe) -> Iterator[str]:
+    """Yield augmentations of which timm, or the authors of 3-Augment, use only one."""
+    augment = recipe.data.augment
+    for key in ("three_augment", "color_jitter"):
+        if augment.rand_augment and getattr(augment, key):
+            off = "false" if key == "three_augment" else "null"
+            yield (
+                f"data.augment.{key}: RandAugment changes colours too, and published recipes use one of the two; set "
+                f"data.augment.{key}={off} or data.augment.rand_augment=null"
+            )
 
 
 def _without_effect(recipe: Recipe) -> Iterator[str]:
@@ -81,6 +96,9 @@ def _without_effect(recipe: Recipe) -> Iterator[str]:
     yield from _unused(optim, "optim.model_no_decay", foreign, "a network of timm (model.name=timm:NAME)")
     yield from _unused(recipe.validation, "validation.ema", data.val, "data.val")
     yield from _unused(recipe.validation, "validation.ema", optim.ema_decay, "optim.ema_decay")
+    random_resized = data.augment.crop == "random_resized"
+    for key in ("crop_scale", "crop_ratio"):
+        yield from _unused(data.augment, f"data.augment.{key}", random_resized, "data.augment.crop=random_resized")
     if (task := recipe.task).name == "classify":
         yield from _unused(task, "task.mix_switch", task.mixup and task.cutmix, "both task.mixup and task.cutmix")
         yield from _unused(task, "task.mix_run", task.mixes, "task.mixup or task.cutmix")
@@ -90,6 +108,7 @@ def _unused(section: Section, key: str, used: object, needed: str) -> Iterator[s
     name = key.rsplit(".", 1)[-1]
     value, default = getattr(section, name), type(section).model_fields[name].default
     if value != default and not used:
+        value, default = (list(v) if isinstance(v, tuple) else v for v in (value, default))
         shown = "null" if default is None else default
         yield f"{key}: {value} has no effect without {needed}; give that, or set {key}={shown}"
 

@@ -13,8 +13,11 @@ MAX_PIXELS = 89_478_485
 
 
 class Augment(Section):
-    """What is done to the pixels of an image before normalisation."""
+    """What is done to the pixels of an image before normalisation, in the order of docs/augmentation.md."""
 
+    crop: Literal["random_resized", "simple"] = "random_resized"
+    """random_resized: a crop of random area and ratio. simple: DeiT III's Simple Random Crop, which resizes the short
+    side to model.img_size, adds 4 pixels around the image by reflection, and crops a square."""
     crop_scale: tuple[Positive, Positive] = (0.67, 1.0)
     """Area of the random resized crop, as a share of the image."""
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
@@ -27,12 +30,17 @@ class Augment(Section):
     """Share of images that are flipped left to right."""
     vflip: Share = 0.0
     """Share of images that are flipped top to bottom."""
+    three_augment: bool = False
+    """DeiT III's 3-Augment: exactly one of greyscale, solarisation and Gaussian blur, a third of the images each."""
+    color_jitter: Annotated[float, Field(ge=0)] | None = None
+    """Strength s of a random change of brightness, contrast and saturation, each by a factor from 1 - s to 1 + s, in
+    random order; null or 0: none."""
     rand_augment: Annotated[str, Field(pattern=r"^rand(-[a-z]+[\d.]*)*$")] | None = None
     """RandAugment, as timm writes it, such as rand-m9-mstd0.5-inc1."""
     random_erasing: Share = 0.0
     """Share of images in which a rectangle is replaced by per-pixel noise."""
     eval_crop_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Evaluation: side of the centre crop over the resized short side."""
+    """Evaluation: side of the centre crop over the resized short side (timm: crop_pct); DeiT III: 1.0."""
     eval_interpolation: Literal["bilinear", "bicubic"] = "bicubic"
 
     @model_validator(mode="after")
@@ -74,7 +82,8 @@ class Data(Section):
     shuffle_window: Count = 16
     """Number of shards whose samples are shuffled together."""
     repeats: Count = 1
-    """Repeated augmentation: number of times that an epoch shows each sample (arXiv 1901.09335)."""
+    """Repeated augmentation (arXiv 1901.09335): number of times that a global batch shows each of its images, with
+    other crops and colours each time. An epoch is as long as without, so it shows 1/repeats of the images."""
     max_undecodable: Share = 0.01
     """Stop training when more than this share of the images seen cannot be decoded (before the end of the first epoch:
     of the images of one epoch)."""

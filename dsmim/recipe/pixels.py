@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from dsmim.recipe.data import Augment, Data
 
 
 def pixel_problems(channels: int, data: Data) -> list[str]:
     """Return what does not fit images of so many channels, one line each."""
     found = [_length(channels, name, getattr(data, name)) for name in ("mean", "std")]
-    return [problem for problem in [*found, _colours(channels, data.augment)] if problem]
+    return [problem for problem in [*found, *_colours(channels, data.augment)] if problem]
 
 
 def _length(channels: int, name: str, given: list[float] | None) -> str | None:
@@ -19,8 +21,11 @@ def _length(channels: int, name: str, given: list[float] | None) -> str | None:
     return None
 
 
-def _colours(channels: int, augment: Augment) -> str | None:
-    """RandAugment, as timm has it, changes colours and mixes channels."""
-    if augment.rand_augment is None or channels == 3:
-        return None
-    return f"data.augment.rand_augment: works on RGB only, not with model.in_chans={channels}; set it to null"
+def _colours(channels: int, augment: Augment) -> Iterator[str]:
+    """Yield augmentations that these channels do not allow. RandAugment, as timm has it, changes colours and mixes
+    channels. The others work on RGB and grey; Pillow does not solarise RGBA, and alpha has no contrast."""
+    if augment.rand_augment is not None and channels != 3:
+        yield f"data.augment.rand_augment: works on RGB only, not with model.in_chans={channels}; set it to null"
+    for key, off in (("three_augment", "false"), ("color_jitter", "null")):
+        if getattr(augment, key) and channels not in (1, 3):
+            yield f"data.augment.{key}: works on RGB and grey, not with model.in_chans={channels}; set it to {off}"

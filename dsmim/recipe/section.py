@@ -36,7 +36,8 @@ class Duration(Section):
     steps: Annotated[int, Field(ge=0)] | None = None
     """Optimizer steps."""
     epochs: Annotated[float, Field(ge=0)] | None = None
-    """Passes over the training set (with repeated augmentation, an epoch includes every repeat)."""
+    """As many samples as the training set has: a pass over it. With repeated augmentation an epoch is as long, so it
+    shows a part of the images, each several times (as timm counts)."""
     samples: Annotated[int, Field(ge=0)] | None = None
     """Training samples seen."""
 

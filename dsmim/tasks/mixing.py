@@ -3,8 +3,9 @@
 timm (timm.data.Mixup) mixes each sample with its mirror image in the local batch, and draws one coefficient for that
 batch, or one per pair; both depend on the world size. Here neighbours (positions 2k and 2k + 1) are mixed, and each
 run of task.mix_run neighbouring positions has its own draw, keyed by (seed, run): mixup or CutMix, coefficient, box.
-So the mixed batch is the same at any world size, accumulation and micro batch. A run of 2 is timm's mode "pair"; a run
-of a GPU's batch is its mode "batch".
+So the mixed batch is the same at any world size, accumulation and micro batch. Neighbours are different images, also
+with repeated augmentation (data/order.py). A run of 2 is timm's mode "pair"; a run of a GPU's batch is its mode
+"batch".
 """
 
 from __future__ import annotations

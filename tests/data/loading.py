@@ -22,6 +22,7 @@ from dsmim.data.transforms import train_transform
 from dsmim.recipe import Augment
 from dsmim.shards.opening import open_shards
 
+THREE = Augment(crop="simple", three_augment=True, color_jitter=0.3)
 FULL = Augment(vflip=0.5, rand_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5)
 BATCH = 12
 
@@ -36,9 +37,9 @@ class SampleTransform:
         return {"image": self.transform(data), "label": label or 0, "mask": RandomMask(24, 4, 4, 0.6)()}
 
 
-def dataset(folder, classes=3, seed=5, window=2, transform=None, repeats=1) -> TarDataset:
+def dataset(folder, classes=3, seed=5, window=2, transform=None, repeats=1, batch=BATCH) -> TarDataset:
     shards = open_shards(f"{folder}/train-*.tar", None, "data.train")
-    order = Order([index.samples for index in shards], seed, window, repeats)
+    order = Order([index.samples for index in shards], seed, window, repeats, batch)
     return TarDataset(ShardReader(shards), order, transform or SampleTransform(), classes)
 
 
@@ -46,7 +47,17 @@ def stream(folder, world, workers, consumed, steps, batch=BATCH, accumulation=1,
     """Return global batches as (keys, bytes of the tensors), joined from every rank's loader."""
     per_rank = [
         list(
-            train_loader(dataset(folder, **options), consumed, steps, batch, accumulation, world, rank, workers, False)
+            train_loader(
+                dataset(folder, batch=batch, **options),
+                consumed,
+                steps,
+                batch,
+                accumulation,
+                world,
+                rank,
+                workers,
+                False,
+            )
         )
         for rank in range(world)
     ]

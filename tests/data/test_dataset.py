@@ -26,10 +26,13 @@ from tests.data.loading import dataset
 
 
 def test_repeats_differ_in_their_augmentation(shards):
-    data = dataset(shards, repeats=3)
-    first = [data[p] for p in range(3)]
-    assert len({sample["key"] for sample in first}) == 1
-    assert not torch.equal(first[0]["image"], first[1]["image"])
+    data = dataset(shards, repeats=3, batch=12)
+    batch = [data[position] for position in range(12)]
+    assert len({sample["key"] for sample in batch}) == 4
+    for place in range(4):
+        copies = batch[place::4]
+        assert len({sample["key"] for sample in copies}) == 1
+        assert len({sample["image"].numpy().tobytes() for sample in copies}) == 3
 
 
 def test_the_caller_s_random_streams_do_not_change(shards):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.data.distributed_sampler import RepeatAugSampler
 
 from dsmim.data.order import Order, accumulation_steps, rank_positions
 
@@ -15,8 +16,10 @@ counts_of_shards = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(la
 @given(counts_of_shards, st.integers(0, 2**40), st.integers(1, 10), st.integers(1, 3), st.integers(0, 3))
 @settings(deadline=None)
 def test_every_epoch_is_a_single_pass(counts, seed, window, repeats, epoch):
+    """With repeats a pass over the data has `repeats` epochs."""
     order = Order(counts, seed, window, repeats)
-    n = order.epoch_samples
+    n = order.pass_samples
+    assert n == repeats * order.epoch_samples == repeats * sum(counts)
     draws = [order[position] for position in range(epoch * n, (epoch + 1) * n)]
     assert {draw.epoch for draw in draws} == {epoch}
     everything = Counter((shard, row) for shard, count in enumerate(counts) for row in range(count))
@@ -69,6 +72,62 @@ def test_the_order_is_a_fixed_function():
 
 
 GOLDEN = [1, 0, 9, 11, 3, 10, 8, 2, 7, 4, 6, 5]
+
+
+def test_the_order_of_repeats_is_a_fixed_function_too():
+    """A global batch of 8 has 8 entries of the list 1 1 1 0 0 0 9 9 | 9 11 11 11 3 3 3 10 | …: every third from the
+    first on, from the second on, from the third on."""
+    order = Order([4, 4, 4], seed=7, window=2, repeats=3, global_batch=8)
+    assert [(order[p].sample, order[p].repeat) for p in range(16)] == [
+        (1, 0), (0, 0), (9, 0), (1, 1), (0, 1), (9, 1), (1, 2), (0, 2),
+        (9, 2), (11, 2), (3, 2), (11, 0), (3, 0), (10, 0), (11, 1), (3, 1),
+    ]  # fmt: skip
+    assert [Order([4, 4, 4], 7, 2, 1, 8)[p].sample for p in range(12)] == GOLDEN  # without repeats nothing changes
+
+
+@given(counts_of_shards, st.integers(0, 9), st.integers(1, 10), st.integers(2, 5), st.integers(1, 30))
+@settings(deadline=None)
+def test_a_global_batch_holds_the_next_entries_of_the_list_of_repeats(counts, seed, window, repeats, batch):
+    """So none is lost, and none comes twice. The list is that of test_every_epoch_is_a_single_pass."""
+    apart, listed = Order(counts, seed, window, repeats, batch), Order(counts, seed, window, repeats)
+    for begin in range(0, 6 * batch, batch):
+        span = range(begin, begin + batch)
+        assert Counter(apart[p] for p in span) == Counter(listed[p] for p in span)
+
+
+@given(
+    counts_of_shards.filter(lambda counts: sum(counts) > 1), st.integers(0, 9), st.integers(1, 10), st.integers(2, 5),
+    st.integers(0, 12), st.integers(2, 8),
+)  # fmt: skip
+@settings(deadline=None)
+def test_pairs_and_ranks_get_different_images(counts, seed, window, repeats, more, world):
+    """Windows of few samples included. A pair that two passes share may be one image, by chance."""
+    batch = 2 * (repeats + more)
+    order = Order(counts, seed, window, repeats, batch)
+    for position in range(0, 2 * order.pass_samples + 2 * batch, 2):
+        one, other = order[position], order[position + 1]
+        assert one.sample != other.sample or one.epoch != other.epoch
+    if world < repeats:
+        return
+    order = Order([n + 40 for n in counts], seed, window, repeats, batch := world * 2 * (repeats + 1))
+    for begin in range(0, 9 * batch, batch):
+        for rank in range(world):
+            seen = [(d.epoch, d.sample) for d in (order[p] for p in rank_positions(begin, batch, world, rank))]
+            assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize(("ranks", "per_rank"), [(8, 256), (4, 64), (3, 8)])
+def test_a_global_batch_shows_the_images_of_timm_s_repeated_augmentation(ranks, per_rank):
+    """How often each image stands in a step: RepeatAugSampler's ranks, joined, against ours."""
+    images = 3000
+    samplers = [list(RepeatAugSampler(range(images), ranks, rank, num_repeats=3)) for rank in range(ranks)]
+    batch = ranks * per_rank
+    order = Order([500] * 6, 0, 6, repeats=3, global_batch=batch)
+    assert abs(ranks * len(samplers[0]) - order.epoch_samples) < 256  # timm rounds an epoch to a multiple of 256
+    for step in range(len(samplers[0]) // per_rank):
+        theirs = Counter(i for sampler in samplers for i in sampler[step * per_rank : (step + 1) * per_rank])
+        ours = Counter(order[p].sample for p in range(step * batch, (step + 1) * batch))
+        assert Counter(theirs.values()) == Counter(ours.values())
 
 
 def test_mixing_is_close_to_uniform():

@@ -163,8 +163,8 @@ CLASSIFY = {"name": "classify", "num_classes": 3}
     ("changes", "message"),
     [
         (
-            {"task": CLASSIFY | {"mixup": 0.8}, "data": {"repeats": 2}},
-            "data.repeats: 2 shows each sample 2 times in a row",
+            {"task": CLASSIFY | {"mixup": 0.8}, "data": {"repeats": 3}, "batch": {"global_batch": 4}},
+            "data.repeats: 3 copies of an image are more than half of batch.global_batch 4",
         ),
         (
             {"task": CLASSIFY | {"mixup": 0.8}, "batch": {"global_batch": 9}},
@@ -180,6 +180,26 @@ CLASSIFY = {"name": "classify", "num_classes": 3}
         ({"model": {"weights_head": "drop"}}, "model.weights_head: drop has no effect without model.weights"),
         ({"optim": {"lr_base_batch": 256}}, "optim.lr_base_batch: 256 has no effect without optim.lr_scaling=linear"),
         ({"data": {"cache_gb": 5}}, "data.cache_gb: 5.0 has no effect without data.cache_dir"),
+        (
+            {"data": {"augment": {"rand_augment": "rand-m9", "three_augment": True}}},
+            "set data.augment.three_augment=false or data.augment.rand_augment=null",
+        ),
+        (
+            {"data": {"augment": {"rand_augment": "rand-m9", "color_jitter": 0.3}}},
+            "set data.augment.color_jitter=null or data.augment.rand_augment=null",
+        ),
+        (
+            {"data": {"augment": {"crop": "simple", "crop_scale": [0.1, 1]}}},
+            "crop_scale: [0.1, 1.0] has no effect without data.augment.crop=random_resized; give that, or set data",
+        ),
+        (
+            {"model": {"in_chans": 4}, "data": {"mean": 0.5, "std": 0.5, "augment": {"three_augment": True}}},
+            "data.augment.three_augment: works on RGB and grey, not with model.in_chans=4; set it to false",
+        ),
+        (
+            {"model": {"in_chans": 4}, "data": {"mean": 0.5, "std": 0.5, "augment": {"color_jitter": 0.3}}},
+            "data.augment.color_jitter: works on RGB and grey, not with model.in_chans=4; set it to null",
+        ),
         ({"schedule": {"gamma": 0.5}}, "schedule.gamma: 0.5 has no effect without schedule.name=multistep"),
         (
             {"schedule": {"name": "multistep", "milestones": [{"steps": 3}], "min_lr": 1e-5}},

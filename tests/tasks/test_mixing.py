@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsmim.data.order import rank_positions
+from dsmim.data.order import Order, rank_positions
 from dsmim.recipe import ClassifyTask
 from dsmim.tasks.mixing import mix
 
@@ -78,3 +78,16 @@ def test_the_switch_chooses_per_draw(switch):
     images = mixed(SAMPLES, mix_switch=switch)[0][0::2]
     cut = (images == images.round()).all(dim=(1, 2, 3))  # CutMix keeps pixels as they are
     assert cut.double().mean().item() == pytest.approx(switch, abs=0.05)
+
+
+@pytest.mark.parametrize("micro", [2, 4, 6, 12, 24])
+def test_repeated_augmentation_never_mixes_an_image_with_its_copy(micro):
+    """Two passes over windows of 6, 2, 4 and 1 samples, three times each. Where a pair belongs to both passes, the two
+    may be one image by chance, as without repeats."""
+    order = Order([6, 2, 4, 1], seed=1, window=1, repeats=3, global_batch=24)
+    for first in range(0, 72, micro):
+        draws = [order[position] for position in range(first, first + micro)]
+        own = torch.eye(13)[[draw.sample for draw in draws]]
+        targets = mix(torch.zeros(micro, 1, 2, 2), own, torch.arange(first, first + micro), settings(cutmix=0), 0)[1]
+        one_pass = torch.tensor([a.epoch == draws[place ^ 1].epoch for place, a in enumerate(draws)])
+        assert ((targets > 0).sum(dim=1) == 2)[one_pass].all() and one_pass.sum() >= micro - 2

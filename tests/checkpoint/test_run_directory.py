@@ -1,0 +1,22 @@
+"""What a resume compares besides the recipe."""
+
+import pytest
+
+from dsmim.checkpoint.run_directory import changes_of
+from dsmim.recipe.reading import parse_recipe
+from tests.conftest import tiny_recipe
+
+IDENTITY = {"data_fingerprint": "f", "decoder": "d"}
+
+
+@pytest.mark.parametrize(("repeats", "noticed"), [(1, 0), (3, 1)])
+def test_a_run_whose_repeats_came_in_a_row_is_noticed(tmp_path, repeats, noticed):
+    recipe = parse_recipe(tiny_recipe(tmp_path, data={"repeats": repeats}), "recipe")
+    now = IDENTITY | ({"repeats_order": "apart"} if repeats > 1 else {})
+    older = IDENTITY | {"recipe": recipe.model_dump(mode="json")}
+    found = changes_of(older, recipe, now)
+    assert len(found) == noticed
+    assert not noticed or found[0].startswith(
+        "data.repeats: the repeats of a sample came in a row when the run was started"
+    )
+    assert changes_of(older | now, recipe, now) == []
