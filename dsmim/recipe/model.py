@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -47,6 +47,9 @@ class Model(Section):
     """Recompute blocks only in this many first stages; null: in all stages."""
     compile: bool = False
     """Compile every block by torch.compile: faster steps after minutes of compilation."""
+    trainable: Literal["all", "head"] = "all"
+    """What learns: all, or the classifier alone (head: a linear probe). Everything else keeps its weights, and runs as
+    in evaluation."""
     weights: UserPath | None = None
     """Where training starts from: a run directory, one of its checkpoints, a .safetensors file, or a file of
     torch.save; with the parameter names of dsmim, of timm, or of the authors of Swin V2, SimMIM, DeiT III, MAE or
