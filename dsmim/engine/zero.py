@@ -77,7 +77,7 @@ class Engine:
         """Set the model to training mode; what is frozen stays in evaluation mode."""
         self.deepspeed.train()
         for module in self.frozen:
-            module.eval()
+            module.training = False  # not eval(): what learns may be inside
 
     def eval(self) -> None:
         """Set the model to evaluation mode."""

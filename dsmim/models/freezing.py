@@ -19,10 +19,16 @@ def freeze_all_but_classifier(model: nn.Module) -> None:
 
 
 def frozen_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the modules in which nothing learns, of a model that is frozen in part; of another model none.
+    """Return the modules that hold a frozen parameter, at any depth, or nothing that learns; of a model in which
+    everything learns none.
 
     They run as in evaluation: without dropout and drop path, and BatchNorm with its saved statistics.
     """
     if all(parameter.requires_grad for parameter in model.parameters()):
         return []
-    return [module for module in model.modules() if not any(p.requires_grad for p in module.parameters())]
+    return [module for module in model.modules() if not _learns(module)]
+
+
+def _learns(module: nn.Module) -> bool:
+    learns = {parameter.requires_grad for parameter in module.parameters()}
+    return learns == {True}
