@@ -78,8 +78,9 @@ class Session:
         parameters, trained = sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
         frozen = f" ({trained / 1e6:.2f} M trained)" if trained < parameters else ""
         return (
-            f"{self.recipe.name}: {parameters / 1e6:.2f} M parameters{frozen}, ZeRO stage {engine.stage}, "
-            f"{engine.precision}, {counted(runtime.world_size, 'rank')} by {runtime.place.launcher} on {runtime.device.type}, "
+            f"{self.recipe.name}: {parameters / 1e6:.2f} M parameters{frozen}, "
+            f"ZeRO stage {engine.stage}, {engine.precision}, "
+            f"{counted(runtime.world_size, 'rank')} by {runtime.place.launcher} on {runtime.device.type}, "
             f"{counted(self.data.train.order.samples, 'sample')}, batch {self.recipe.batch.global_batch} "
             f"({counted(plan.accumulation, 'micro batch', 'micro batches')} of {plan.micro_batch} per rank), "
             f"steps {self.run.directory.step} to {plan.rate.total}"

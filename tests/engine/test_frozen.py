@@ -64,9 +64,7 @@ def bytes_kept(model: nn.Module) -> int:
 
 def test_what_is_frozen_stays_in_evaluation_mode():
     """A step of the engine: BatchNorm keeps its statistics, dropout before the classifier is off."""
-    recipe = parse_recipe(
-        tree(RESNET | PROBE | {"options": {"drop_rate": 0.5}}, engine={"deepspeed": "zero0"}), "t"
-    )
+    recipe = parse_recipe(tree(RESNET | PROBE | {"options": {"drop_rate": 0.5}}, engine={"deepspeed": "zero0"}), "t")
     task = build_task(recipe)
     with joined() as runtime:
         rate = resolve_schedule(recipe.schedule, recipe.optim, 8, 100)
