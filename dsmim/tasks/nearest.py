@@ -71,7 +71,7 @@ def _ordered(similarity: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
 
     The upper half is the fp32 number as an integer of the same order, the lower half counts down.
     """
-    bits = similarity.float().view(torch.int32)
+    bits = (similarity.float() + 0.0).view(torch.int32)  # -0 becomes 0
     upper = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     return (upper << _SHIFT) + (_LAST - numbers)
 

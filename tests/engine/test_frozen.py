@@ -1,5 +1,7 @@
 """A linear probe in one process: what is frozen, what the forward pass keeps, and how the recipe is checked."""
 
+import re
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +14,9 @@ from dsmim.engine.schedule import resolve_schedule
 from dsmim.engine.zero import Engine
 from dsmim.models import create_model, frozen_modules
 from dsmim.models.freezing import freeze_all_but_classifier
-from dsmim.recipe.reading import parse_recipe
+from dsmim.recipe.reading import load_recipe, parse_recipe
 from dsmim.tasks import build_task
-from tests.conftest import tiny_recipe
+from tests.conftest import ROOT, tiny_recipe
 
 SWIN = {"name": "swinv2_nano", "img_size": 32, "window_size": 4}
 VIT = {"name": "deit3_nano_patch16", "img_size": 32}
@@ -107,9 +109,16 @@ def test_a_network_without_classifier_cannot_be_probed():
         ({"grad_checkpointing": 1}, {}, r"model\.grad_checkpointing: 1 has no effect without model\.trainable=all"),
         ({}, {"optim": {"lr": 1, "layer_decay": 0.7}}, r"optim\.layer_decay: 0\.7 has no effect without model\.train"),
         ({}, {"task": {"name": "simmim", "mask_patch": 16}}, r"model\.trainable: simmim has no classifier"),
-        ({"trainable": "heads"}, {}, r"model\.trainable: input should be 'all' or 'head'"),
+        ({"trainable": "heads"}, {}, r"model\.trainable: .*head"),
     ],
 )
 def test_keys_that_a_frozen_encoder_contradicts(model, changes, message):
     with pytest.raises(ValueError, match=message):
         parse_recipe(tree(VIT | PROBE | model, **changes), "test")
+
+
+def test_the_page_s_command_is_a_whole_recipe():
+    page = (ROOT / "docs/evaluation.md").read_text().replace("\\\n", " ")
+    _, _, name, *words = shlex.split(re.search(r"dsmim train .*trainable=head.*", page)[0])
+    recipe = load_recipe(name, [word for word in words if "=" in word])
+    assert recipe.model.trainable == "head" and recipe.model.weights == "runs/pretrain"

