@@ -56,7 +56,7 @@ def probe(shards: Path, folder: Path, model: str, stage: int) -> dict:
         shards,
         task={"name": "classify", "num_classes": 3, "mixup": 0.8},
         model=MODELS[model] | {"trainable": "head", "weights": str(folder / f"{model}.safetensors")},
-        optim={"lr": 0.05, "ema_decay": 0.5},
+        optim={"lr": 0.01, "ema_decay": 0.5, "clip_grad": None},
         schedule={"duration": {"steps": STEPS}, "warmup": {"steps": 1}},
         validation={"every": {"steps": STEPS}},
         engine={"deepspeed": str(folder / f"zero{stage}.json"), "precision": "fp32"},
