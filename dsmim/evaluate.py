@@ -12,7 +12,6 @@ import torch
 
 from dsmim.checkpoint import reading, zero_shards
 from dsmim.checkpoint.recorded_paths import find_shards
-from dsmim.data.checks import check_data
 from dsmim.data.dataset import EvalDataset
 from dsmim.data.from_recipe import open_reader, validation_shards
 from dsmim.data.loader import eval_loader
@@ -36,7 +35,7 @@ class Trained:
     """The checkpoint."""
     recipe: Recipe
     task: Task
-    model: _Autocast
+    model: Autocast
     """Whole on every rank, without DeepSpeed, for checkpoints of any ZeRO stage."""
     data: EvalDataset
 
@@ -52,7 +51,7 @@ def evaluate(
 
     def open_checked(recipe: Recipe, task: Task, runtime: Runtime) -> EvalDataset:
         data = open_validation(recipe, task, runtime)
-        runtime.on_rank_zero(lambda: check_data(recipe, None, data.reader.shards))
+        runtime.on_rank_zero(lambda: task.check_samples(recipe, data.reader.shards))
         return data
 
     with joined(*limits_of(path, overrides)) as runtime:
@@ -64,7 +63,7 @@ def evaluate(
 
 def open_trained(
     path: Path, overrides: list[str], which: str, runtime: Runtime, task_of: Callable[[Recipe], Task],
-    open_data: Callable[[Recipe, Task, Runtime], EvalDataset],
+    open_data: Callable[[Recipe, Task, Runtime], Any],
 ) -> Trained:  # fmt: skip
     """Read a checkpoint, or a run's newest valid one, and open samples for it. Collective; rank 0 reads the weights."""
     found = runtime.on_rank_zero(lambda: str(reading.locate(path)))
@@ -76,7 +75,7 @@ def open_trained(
     construct(task.model, task.fill(state), {}, 0, runtime)
     del state
     runtime.broadcast(task.model)
-    return Trained(found, recipe, task, _Autocast(task.model, recipe, runtime), data)
+    return Trained(found, recipe, task, Autocast(task.model, recipe, runtime), data)
 
 
 def limits_of(path: Path, overrides: list[str]) -> tuple[float, ...]:
@@ -120,16 +119,19 @@ def validate(
 ) -> dict[str, float] | None:
     """Return the task's metrics over the whole set; None when a rank was asked to stop before the end. Collective.
 
-    model: the engine, or a module.
+    model: the engine, or a module. Where there are any, the metrics have also the number of images that could not be
+    decoded, and of those that the task left out.
     """
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    decoded = torch.zeros((), dtype=torch.float64, device=runtime.device)
     for batch in evaluation_batches(model, data, recipe, runtime, interrupt):
         if batch is None:
             return None
         total = total + task.validation_sums(model, batch)
-    figures = task.metrics(runtime.sum(total))
-    missing = len(data) - figures["samples"]
-    return figures | ({"undecodable": missing} if missing else {})
+        decoded = decoded + batch["weight"].double().sum()
+    figures, decoded = task.metrics(runtime.sum(total)), int(runtime.sum(decoded))
+    counts = {"left_out": decoded - figures["samples"], "undecodable": len(data) - decoded}
+    return figures | {name: count for name, count in counts.items() if count}
 
 
 def evaluation_batches(
@@ -159,7 +161,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
-class _Autocast:
+class Autocast:
     """A plain module, called as the engine calls it: under bf16 autocast if the recipe trains in bf16."""
 
     def __init__(self, model: torch.nn.Module, recipe: Recipe, runtime: Runtime):

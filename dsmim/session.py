@@ -74,9 +74,12 @@ class Session:
     def headline(self) -> str:
         """Describe the run in one line."""
         runtime, plan, engine = self.runtime, self.run.plan, self.engine
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.task.model.parameters())
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.task.model.parameters()]
+        parameters, trained = sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
+        frozen = f" ({trained / 1e6:.2f} M trained)" if trained < parameters else ""
         return (
-            f"{self.recipe.name}: {parameters / 1e6:.2f} M parameters, ZeRO stage {engine.stage}, {engine.precision}, "
+            f"{self.recipe.name}: {parameters / 1e6:.2f} M parameters{frozen}, "
+            f"ZeRO stage {engine.stage}, {engine.precision}, "
             f"{counted(runtime.world_size, 'rank')} by {runtime.place.launcher} on {runtime.device.type}, "
             f"{counted(self.data.train.order.samples, 'sample')}, batch {self.recipe.batch.global_batch} "
             f"({counted(plan.accumulation, 'micro batch', 'micro batches')} of {plan.micro_batch} per rank), "

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dsmim.cli.words import add_local_rank, add_overrides, command
+
+if TYPE_CHECKING:
+    from dsmim.recipe import Recipe
+    from dsmim.tasks import Task
 
 
 def add_evaluate(commands) -> None:
@@ -18,6 +25,11 @@ def add_evaluate(commands) -> None:
     evaluate.add_argument("--per-class", action="store_true", help="measure every class of a classifier too")
     evaluate.add_argument("--confusion", type=Path, metavar="FILE.csv", help="write the confusion matrix to this file")
     add_classes(evaluate)
+    about = "right labels of the samples, of which one may have several: real (ImageNet-ReaL), or a JSON file"
+    evaluate.add_argument("--labels", metavar="real|FILE.json", help=about)
+    about = "what the samples' labels mean: imagenet-a, imagenet-r, or a file with a class of the model per label"
+    evaluate.add_argument("--label-map", metavar="NAME|FILE", help=about)
+    add_table(evaluate)
     add_local_rank(evaluate)
     add_overrides(evaluate)
 
@@ -44,9 +56,15 @@ def add_classes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", type=Path, metavar="FILE", help=about)
 
 
+def add_table(parser: argparse.ArgumentParser) -> None:
+    """Add the option that prints a table."""
+    parser.add_argument("--table", action="store_true", help="print the figures as a table too, before the JSON line")
+
+
 def run_evaluate(options: argparse.Namespace) -> None:
     """Evaluate. Rank 0 prints the figures, on the last line as JSON."""
     from dsmim import strict_json
+    from dsmim.cli.figures import figure_table
     from dsmim.cli.per_class import table, write_confusion
     from dsmim.cluster.placement import is_first
     from dsmim.evaluate import evaluate
@@ -60,21 +78,45 @@ def run_evaluate(options: argparse.Namespace) -> None:
         options.json.write_text(strict_json.dumps(figures) + "\n")
     if classes := figures.pop("classes", None):
         print(table(classes))
+    if options.table:
+        print(figure_table(figures))
     print(strict_json.dumps(figures))
 
 
-def _measured(options: argparse.Namespace):
+def _measured(options: argparse.Namespace) -> Callable[[Recipe], Task]:
     """Return what makes the task that the options ask for from a recipe."""
-    from functools import partial
-
     from dsmim.tasks import build_task
+    from dsmim.tasks.classify import Classify
+    from dsmim.tasks.label_map import read_label_map
     from dsmim.tasks.per_class import Confusion, PerClass
+    from dsmim.tasks.real_labels import RealLabels
 
-    if options.confusion or options.per_class:
-        return partial(Confusion if options.confusion else PerClass, names=options.classes)
-    if options.classes:
+    per_class = options.confusion or options.per_class
+    if options.classes and not per_class:
         raise ValueError("--classes has no effect without --per-class or --confusion: give one too, or leave it out")
-    return build_task
+    if options.labels:
+        _refuse_beside_labels(options)
+        return partial(RealLabels, source=options.labels)
+    if not (per_class or options.label_map):
+        return build_task
+    kind = partial(Confusion if options.confusion else PerClass, names=options.classes) if per_class else Classify
+
+    def measured(recipe: Recipe) -> Task:
+        task = kind(recipe)
+        if options.label_map:
+            task.use_label_map(read_label_map(options.label_map, recipe.task.num_classes))
+        return task
+
+    return measured
+
+
+def _refuse_beside_labels(options: argparse.Namespace) -> None:
+    given = {"--per-class": options.per_class, "--confusion": options.confusion, "--label-map": options.label_map}
+    if names := [name for name, value in given.items() if value]:
+        raise ValueError(
+            f"--labels cannot be used with {' and '.join(names)}: an image may have several right labels, which are "
+            "numbers of the model's classes; give one of them"
+        )
 
 
 def _export(options: argparse.Namespace) -> None:

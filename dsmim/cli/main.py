@@ -13,6 +13,7 @@ from dsmim import __version__
 from dsmim.cli.checkpoint import add_evaluate, add_export, run_evaluate
 from dsmim.cli.ending import end
 from dsmim.cli.images import add_predict, add_reconstruct, run_predict
+from dsmim.cli.knn import add_knn, run_knn
 from dsmim.cli.recipe import add_recipes, add_samples
 from dsmim.cli.shards import add_shards
 from dsmim.cli.submit import add_submit
@@ -20,7 +21,7 @@ from dsmim.cli.train import add_train, run_train
 from dsmim.cli.words import add_local_rank
 from dsmim.health.outcome import COMPLETE
 
-RANK_COMMANDS = (run_train, run_evaluate, run_predict)
+RANK_COMMANDS = (run_train, run_evaluate, run_knn, run_predict)
 """The commands that every rank of a job runs."""
 
 
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add_samples(commands)
     add_train(commands)
     add_evaluate(commands)
+    add_knn(commands)
     add_predict(commands)
     add_reconstruct(commands)
     add_submit(commands)

@@ -55,6 +55,22 @@ def count(text: str) -> int:
     return value
 
 
+def counts(text: str) -> list[int]:
+    """Return the whole numbers from 1 in 10,20,100."""
+    return [count(word) for word in text.split(",")]
+
+
+def positive(text: str) -> float:
+    """Return a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def quality(text: str) -> int:
     """Return a JPEG quality, 1 to 100."""
     value = whole(text)

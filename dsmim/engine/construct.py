@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsmim.engine.runtime import Runtime
+from dsmim.models import frozen_modules
 
 
 def construct(model: nn.Module, parts: Iterable[nn.Module], config: dict[str, Any], stage: int, runtime: Runtime):
@@ -44,11 +45,12 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
 def share_buffers(model: nn.Module, runtime: Runtime) -> None:
     """Give rank 0's saved buffers to all ranks. Collective.
 
-    Raises ValueError for running statistics: ranks would update them from different samples.
+    Raises ValueError for running statistics, except in a frozen part: ranks would update them from different samples.
     """
     if runtime.world_size > 1:
+        frozen = set(frozen_modules(model))
         for name, module in model.named_modules():
-            if isinstance(module, _BatchNorm) and module.track_running_stats:
+            if isinstance(module, _BatchNorm) and module.track_running_stats and module not in frozen:
                 raise ValueError(
                     f"model.name: {name} keeps running statistics (BatchNorm), which would differ from rank to rank; "
                     "take a network with LayerNorm, or train with one rank"

@@ -19,6 +19,7 @@ from dsmim.engine.optim import build_optimizer, parameter_groups
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.schedule import LearningRate
 from dsmim.engine.zero_internals import clear_padding, group_members, on_nvme, release_modules, share_masters
+from dsmim.models import frozen_modules
 from dsmim.recipe import Recipe
 
 
@@ -52,6 +53,7 @@ class Engine:
         # Groups hold names, and are made while the parameters have their shapes: ZeRO-3's shards all look 1-D.
         self.groups = parameter_groups(model, layers, recipe.optim)
         # The weights: filled, moved to the device or partitioned as the stage requires, the same on every rank.
+        self.frozen = frozen_modules(model)
         construct(model, parts, self.config, self.stage, runtime)
         share_buffers(model, runtime)
         # The optimizer holds the parameters themselves; filling has replaced those of the meta device.
@@ -78,8 +80,10 @@ class Engine:
         return self.deepspeed(*inputs, **options)
 
     def train(self) -> None:
-        """Set the model to training mode."""
+        """Set the model to training mode; what is frozen stays in evaluation mode."""
         self.deepspeed.train()
+        for module in self.frozen:
+            module.training = False  # not eval(): what learns may be inside
 
     def eval(self) -> None:
         """Set the model to evaluation mode."""

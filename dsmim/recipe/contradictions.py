@@ -16,7 +16,7 @@ from dsmim.recipe.section import Section
 def contradictions(recipe: Recipe) -> list[str]:
     """Return one line per problem, with the key and the fix."""
     checks = (
-        _sizes, _mixing, _losses, _pixels, _augmentations, _without_effect, _given_otherwise, _rates, _best,
+        _sizes, _mixing, _losses, _pixels, _augmentations, _without_effect, _frozen, _given_otherwise, _rates, _best,
     )  # fmt: skip
     return [problem for check in checks for problem in check(recipe)]
 
@@ -102,6 +102,25 @@ def _without_effect(recipe: Recipe) -> Iterator[str]:
     if (task := recipe.task).name == "classify":
         yield from _unused(task, "task.mix_switch", task.mixup and task.cutmix, "both task.mixup and task.cutmix")
         yield from _unused(task, "task.mix_run", task.mixes, "task.mixup or task.cutmix")
+
+
+def _frozen(recipe: Recipe) -> Iterator[str]:
+    """Yield what contradicts a frozen encoder, or has no effect on it."""
+    model, optim = recipe.model, recipe.optim
+    if model.trainable == "all":
+        return
+    if recipe.task.name != "classify":
+        yield f"model.trainable: {recipe.task.name} has no classifier; set task.name=classify, or model.trainable=all"
+        return
+    if model.weights is None:
+        yield (
+            "model.trainable: head leaves the rest at random first weights; give model.weights, or set "
+            "model.trainable=all"
+        )
+    unfrozen = "model.trainable=all"
+    yield from _unused(model, "model.drop_path_rate", False, unfrozen)
+    yield from _unused(model, "model.grad_checkpointing", False, unfrozen)
+    yield from _unused(optim, "optim.layer_decay", False, unfrozen)
 
 
 def _unused(section: Section, key: str, used: object, needed: str) -> Iterator[str]:

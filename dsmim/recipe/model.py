@@ -52,6 +52,9 @@ class Model(Section):
     """Recompute blocks only in this many first stages; null: in all stages."""
     compile: bool = False
     """Compile every block by torch.compile: faster steps after minutes of compilation."""
+    trainable: Literal["all", "head"] = "all"
+    """What learns: all, or the classifier alone (head: a linear probe). Everything else keeps its weights, and runs as
+    in evaluation."""
     weights: UserPath | None = None
     """Where training starts from: a run directory, one of its checkpoints, a .safetensors file, or a file of
     torch.save; with the parameter names of dsmim, of timm, or of the authors of Swin V2, SimMIM, DeiT III, MAE or

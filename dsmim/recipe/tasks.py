@@ -33,8 +33,6 @@ class ClassifyTask(Section):
     """Supervised classification."""
 
     name: Literal["classify"]
-    figures: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
-    """What a validation measures, for checkpoint.keep_best."""
     num_classes: Annotated[int, Field(ge=2)]
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     """cross_entropy: over soft targets. bce: binary cross entropy of each class, where every target above 0 counts as 1
@@ -50,6 +48,11 @@ class ClassifyTask(Section):
     mix_run: Annotated[int, Field(ge=2, multiple_of=2)] = 2
     """Number of neighbouring samples that share one draw of mixup or CutMix, coefficient and box; 2: each pair has its
     own. timm draws once per GPU's batch: give its size to do the same at any number of GPUs."""
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """What a validation measures, for checkpoint.keep_best."""
+        return ("loss", "accuracy", "accuracy_top5") if self.num_classes > 5 else ("loss", "accuracy")
 
     @property
     def mixes(self) -> bool:

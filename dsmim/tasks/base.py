@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsmim.data.checks import check_data
 from dsmim.data.decode import Buffer
 from dsmim.data.normalisation import Normalisation
 from dsmim.models import Recompute, compile_blocks, create_model, materialise, set_recompute
 from dsmim.recipe import Recipe
+from dsmim.shards.index import ShardIndex
 
 Batch = dict[str, Any]
 Forward = Callable[..., torch.Tensor]
@@ -49,6 +51,10 @@ class Task(ABC):
     def check_micro_batch(self, size: int) -> None:
         """Raise ValueError for a micro batch that the task cannot train on."""
         assert size > 0
+
+    def check_samples(self, recipe: Recipe, shards: list[ShardIndex]) -> None:
+        """Raise ValueError for samples of data.val that cannot be measured."""
+        check_data(recipe, None, shards)
 
     @abstractmethod
     def training_loss(self, forward: Forward, batch: Batch) -> torch.Tensor:

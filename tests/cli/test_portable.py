@@ -79,7 +79,7 @@ def test_all_modules_and_the_figures_of_the_host_without_what_linux_alone_has():
 
 def subcommands() -> list[tuple[str, ...]]:
     shards = [("shards", name) for name in ("build", "index", "verify", "subset")]
-    return [(), ("shards",), *shards, *((name,) for name in ("samples", "train", "evaluate", "submit", "export",
+    return [(), ("shards",), *shards, *((name,) for name in ("samples", "train", "evaluate", "knn", "submit", "export",
                                                              "recipes"))]  # fmt: skip
 
 
