@@ -25,6 +25,8 @@ def resume_engine(run: RunDirectory, engine: Engine, runtime: Runtime, say: Call
     another model."""
     runtime.phase("resuming", run.step)
     with runtime.all_or_none():
+        _check_same_optimizer(run)
+    with runtime.all_or_none():
         if all(runtime.gather(_loads_as_it_is(run, engine, runtime))):
             engine.load_checkpoint(run.resume_from)
             return
@@ -35,6 +37,16 @@ def resume_engine(run: RunDirectory, engine: Engine, runtime: Runtime, say: Call
     convert(run.resume_from, universal, runtime, say)
     runtime.phase("loading the converted checkpoint", run.step)
     load_universal(universal, engine, runtime)
+
+
+def _check_same_optimizer(run: RunDirectory) -> None:
+    """Check that a fork can continue with the optimizer's state. AdamW and LAMB keep the same moments."""
+    line = next((change for change in run.changes if change.startswith("optim.name: ")), None)
+    if line is not None and set(line.removeprefix("optim.name: ").split(" → ")) != {"adamw", "lamb"}:
+        raise ValueError(
+            f"{line}: {run.resume_from} has the state of the other optimizer; restore optim.name, or start a new run "
+            f" from these weights: another --run-dir, with model.weights={run.path}"
+        )
 
 
 def _loads_as_it_is(run: RunDirectory, engine: Engine, runtime: Runtime) -> bool:
