@@ -145,10 +145,7 @@ def run_case(case: Case, wanted: dict[bool, Weights], out: Path, runtime: Runtim
         if case.precision == "fp32" and case.zero in ("0", "1", "2", "3"):
             save(engine, out / folder_name(case.ranks, case.zero), runtime)
     else:
-        path = out / case.source
-        found = path / f"checkpoints/step_{SAVED_AT:08d}"
-        run = RunDirectory(path, found, json.loads((found / "state.json").read_text()))
-        resume_engine(run, engine, runtime, lambda line: None)
+        resume(engine, out / case.source, runtime)
         counts = {float(state["step"]) for state in engine.optimizer.state.values()}
         assert counts == {SAVED_AT}, f"{case}: step counters {counts}"
     train(engine, runtime, range(SAVED_AT, STEPS))
@@ -160,16 +157,23 @@ def run_case(case: Case, wanted: dict[bool, Weights], out: Path, runtime: Runtim
             file.write(json.dumps({"case": str(case), **case._asdict(), "error": error}) + "\n")
 
 
-def save(engine: Engine, run: Path, runtime: Runtime) -> None:
+def save(engine: Engine, run: Path, runtime: Runtime, step: int = SAVED_AT) -> None:
     """Write a checkpoint as a run does, as far as a resume reads it. Collective."""
-    folder = run / f"checkpoints/step_{SAVED_AT:08d}"
+    folder = run / f"checkpoints/step_{step:08d}"
     engine.save_checkpoint(folder)
     runtime.gather(engine.writer.entries())  # waits until the files of all ranks are on disk
     if runtime.is_rank_zero:
         names = [list(group.names) for group in engine.groups]
-        state = {PARAMETER_ORDER: names, "zero_stage": engine.stage, "world_size": runtime.world_size, "step": SAVED_AT}
+        state = {PARAMETER_ORDER: names, "zero_stage": engine.stage, "world_size": runtime.world_size, "step": step}
         (folder / "state.json").write_text(json.dumps(state))
         (folder / "manifest.json").write_text(json.dumps({"files": {}}))
+
+
+def resume(engine: Engine, run: Path, runtime: Runtime, step: int = SAVED_AT, changes: tuple[str, ...] = ()) -> None:
+    """Load a checkpoint of `save`. changes: see RunDirectory. Collective."""
+    found = run / f"checkpoints/step_{step:08d}"
+    directory = RunDirectory(run, found, json.loads((found / "state.json").read_text()), changes=list(changes))
+    resume_engine(directory, engine, runtime, lambda line: None)
 
 
 def naive(ranks: int, wanted: Weights, out: Path, runtime: Runtime) -> None:
@@ -211,15 +215,15 @@ def work(cases: list[Case], out: Path, naive_too: bool, runtime: Runtime) -> Non
         naive(runtime.world_size, wanted[False], out, runtime)
 
 
-def measure(worlds: list[int], out: Path) -> dict[str, Any]:
-    """Run everything and return the figures: `cases`, and `naive` by ranks and stage."""
+def measure(worlds: list[int], out: Path, also: list[Case]) -> dict[str, Any]:
+    """Run the cases of `trained`, then `also`, and return the figures: `cases`, and `naive` by ranks and stage."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     preload()
     for name, zero in ZERO.items():
         offload = {"zero_force_ds_cpu_optimizer": False} if "offload_optimizer" in zero else {}
         (out / f"zero-{name}.json").write_text(json.dumps({"zero_optimization": zero} | offload))
     launch(1, partial(plain, out))
-    for cases, first in ((trained(worlds), True), (resumed(worlds), False)):
+    for cases, first in ((trained(worlds), True), (also, False)):
         for ranks in worlds:
             launch(ranks, partial(work, [case for case in cases if case.ranks == ranks], out, first))
     return {name: [json.loads(line) for line in (out / f"{file}.jsonl").read_text().splitlines()]
@@ -231,7 +235,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="only 2 ranks")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure([2] if options.quick else [1, 2, 3], Path(folder))
+        worlds = [2] if options.quick else [1, 2, 3]
+        found = measure(worlds, Path(folder), resumed(worlds))
     handed = {(row["ranks"], row["zero"]): row["error"] for row in found["naive"]}
     print(f"\n{'':60} {'dsmim':>9} {'timm as it is':>14}")
     for row in found["cases"]:
