@@ -215,17 +215,19 @@ def work(cases: list[Case], out: Path, naive_too: bool, runtime: Runtime) -> Non
         naive(runtime.world_size, wanted[False], out, runtime)
 
 
-def measure(worlds: list[int], out: Path, also: list[Case]) -> dict[str, Any]:
-    """Run the cases of `trained`, then `also`, and return the figures: `cases`, and `naive` by ranks and stage."""
+def measure(first: list[Case], then: list[Case], naive_on: list[int], out: Path) -> dict[str, Any]:
+    """Run cases from the first weights, then cases from the checkpoints of the former. Return the figures: `cases`, and
+    `naive` by stage on these numbers of ranks."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     preload()
     for name, zero in ZERO.items():
         offload = {"zero_force_ds_cpu_optimizer": False} if "offload_optimizer" in zero else {}
         (out / f"zero-{name}.json").write_text(json.dumps({"zero_optimization": zero} | offload))
     launch(1, partial(plain, out))
-    for cases, first in ((trained(worlds), True), (also, False)):
-        for ranks in worlds:
-            launch(ranks, partial(work, [case for case in cases if case.ranks == ranks], out, first))
+    for cases, ranks_of_naive in ((first, naive_on), (then, [])):
+        for ranks in sorted({case.ranks for case in cases}):
+            own = [case for case in cases if case.ranks == ranks]
+            launch(ranks, partial(work, own, out, ranks in ranks_of_naive))
     return {name: [json.loads(line) for line in (out / f"{file}.jsonl").read_text().splitlines()]
             for name, file in (("cases", "found"), ("naive", "naive"))}  # fmt: skip
 
@@ -236,7 +238,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         worlds = [2] if options.quick else [1, 2, 3]
-        found = measure(worlds, Path(folder), resumed(worlds))
+        found = measure(trained(worlds), resumed(worlds), worlds, Path(folder))
     handed = {(row["ranks"], row["zero"]): row["error"] for row in found["naive"]}
     print(f"\n{'':60} {'dsmim':>9} {'timm as it is':>14}")
     for row in found["cases"]:

@@ -20,24 +20,23 @@ def out(tmp_path_factory) -> Path:
 
 
 def test_it_equals_a_plain_loop(out):
-    """At every stage on 1, 2 and 3 ranks, with two micro batches and several sub-groups; with the optimizer in host
+    """On 1, 2 and 3 ranks, with two micro batches and several sub-groups; with the optimizer in host
     memory; resumed, with other stages and numbers of ranks, and forked."""
     rows = [row for row in json.loads((out / "lamb.json").read_text())["cases"] if row["precision"] == "fp32"]
-    assert len(rows) == 12 + 3 + len(lamb_worker.RESUMED)
+    assert len(rows) == 12 + 8
     assert all(row["error"] <= 1e-5 for row in rows), [row["case"] for row in rows if row["error"] > 1e-5]
 
 
 def test_in_bf16_it_is_close(out):
     rows = [row for row in json.loads((out / "lamb.json").read_text())["cases"] if row["precision"] == "bf16"]
-    assert len(rows) == 2 and all(1e-4 < row["error"] < 0.1 for row in rows), rows
+    assert len(rows) == 1 and all(1e-4 < row["error"] < 0.1 for row in rows), rows
 
 
 def test_timm_s_own_is_another_optimizer_under_zero(out):
     """The comparison sees it."""
     rows = json.loads((out / "lamb.json").read_text())["naive"]
-    assert len(rows) == 12
-    # On one rank at stages 1 and 2 too: a flat tensor holds all tensors of a group.
-    assert all((row["error"] < 1e-5) == (row["zero"] == "0") for row in rows), rows
+    assert [row["zero"] for row in rows if row["error"] < 1e-5] == ["0"]
+    assert all(row["error"] > 0.05 for row in rows if row["zero"] in ("1", "2", "3")) and len(rows) == 4, rows
 
 
 @pytest.mark.parametrize("stage", STAGES)
