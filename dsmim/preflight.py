@@ -15,6 +15,7 @@ from dsmim.data.checks import data_problems
 from dsmim.data.from_recipe import identity, training_shards, validation_shards
 from dsmim.data.order import accumulation_steps, training_order
 from dsmim.engine.ds_config import load_ds_config, owned_keys
+from dsmim.engine.optim import check_optimizer
 from dsmim.evaluate import recipe_of
 from dsmim.plan import plan
 from dsmim.recipe import Recipe
@@ -84,7 +85,8 @@ def _check_steps(
 
 
 def _check_deepspeed(recipe: Recipe, world_size: int, steps: int | None) -> None:
-    load_ds_config(recipe.engine.deepspeed, owned_keys(recipe, world_size, steps))
+    config = load_ds_config(recipe.engine.deepspeed, owned_keys(recipe, world_size, steps))
+    check_optimizer(recipe.optim, config)
 
 
 def _check_writable(run_dir: Path) -> None:

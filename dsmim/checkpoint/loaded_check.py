@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsmim.checkpoint.engine_layout import FlatTensor
 from dsmim.checkpoint.model_check import MAX_LISTED
 from dsmim.checkpoint.universal import checksum
+from dsmim.engine.layout import FlatTensor
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.zero import Engine
 from dsmim.engine.zero_internals import own_part, whole_shape
@@ -74,7 +74,7 @@ def _own_tensors(
     """Yield this rank's elements, without padding. At stages 1 to 3 no two ranks have the same element."""
     for flat in flats:
         for key, tensor in {"fp32": flat.master, **engine.optimizer.state.get(flat.master, {})}.items():
-            if key != "step":
+            if torch.is_tensor(tensor) and tensor.shape == flat.master.shape:
                 yield from (((piece.name, key), piece.of_flat(tensor)) for piece in flat.pieces)
     if engine.stage == 3:
         for name, parameter in trained.items():

@@ -17,6 +17,7 @@ from dsmim.engine.zero import Engine
 
 _GROUPING = ("optim.no_decay:", "optim.model_no_decay:", "optim.layer_decay:", "optim.weight_decay:")
 """Keys that decide which parameters share a group of the optimizer."""
+_OPTIMIZER = "optim.name: "
 
 
 def resume_engine(run: RunDirectory, engine: Engine, runtime: Runtime, say: Callable[[str], None]) -> None:
@@ -24,6 +25,8 @@ def resume_engine(run: RunDirectory, engine: Engine, runtime: Runtime, say: Call
     the checkpoint first and load it by name. Collective. Raises Stopped when the checkpoint cannot be read or is of
     another model."""
     runtime.phase("resuming", run.step)
+    with runtime.all_or_none():
+        _check_same_optimizer(run)
     with runtime.all_or_none():
         if all(runtime.gather(_loads_as_it_is(run, engine, runtime))):
             engine.load_checkpoint(run.resume_from)
@@ -37,9 +40,21 @@ def resume_engine(run: RunDirectory, engine: Engine, runtime: Runtime, say: Call
     load_universal(universal, engine, runtime)
 
 
+def _check_same_optimizer(run: RunDirectory) -> None:
+    """Check that a fork can continue with the optimizer's state. AdamW and LAMB keep the same moments."""
+    line = next((change for change in run.changes if change.startswith(_OPTIMIZER)), None)
+    if line is not None and set(line.removeprefix(_OPTIMIZER).split(" → ")) != {"adamw", "lamb"}:
+        raise ValueError(
+            f"{line}: {run.resume_from} has the state of the other optimizer; restore optim.name, or start a new run "
+            f" from these weights: another --run-dir, with model.weights={run.path}"
+        )
+
+
 def _loads_as_it_is(run: RunDirectory, engine: Engine, runtime: Runtime) -> bool:
     """Return whether DeepSpeed can load this rank's files."""
     if not run.same_shards(runtime.world_size, engine.stage):
+        return False
+    if any(change.startswith(_OPTIMIZER) for change in run.changes):  # its step counters may be on another device
         return False
     order = run.state.get(PARAMETER_ORDER)
     if order is None and engine.stage == 0:  # an older dsmim wrote it: nothing else tells the order of the moments

@@ -1,6 +1,6 @@
 """Where the files of a checkpoint hold the trained parameters: one layout per ZeRO stage.
 
-engine_layout.py says the same of an engine's tensors in memory.
+engine/layout.py says the same of an engine's tensors in memory.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from dsmim.engine.layout import cut
 
 PARAMETER_ORDER = "optimizer_parameters"
 """Key of state.json: for each group of the optimizer, the names of its parameters. At stage 0 the optimizer's states
@@ -38,7 +40,8 @@ class SavedLayout:
     masters: list[list[torch.Tensor]]
     """The flat fp32 weights, by rank and group."""
     states: list[list[dict[str, Any]]]
-    """The optimizer's state, by rank and group: flat tensors as long as the master or longer, and `step`."""
+    """The optimizer's state, by rank and group: flat tensors as long as the master or longer, and single numbers such
+    as `step`."""
 
 
 def stage_0_layout(model: dict[str, Any], order: list[str] | None, checkpoint: Path) -> SavedLayout:
@@ -56,8 +59,8 @@ def stage_0_layout(model: dict[str, Any], order: list[str] | None, checkpoint: P
     shapes = {name: module[name].shape for name in names}
     pieces = {name: [SavedPiece(0, number, 0, shapes[name].numel())] for number, name in enumerate(names)}
     flat = [
-        {key: value.flatten() if torch.is_tensor(value) else value for key, value in states.get(number, {}).items()}
-        for number in range(len(names))
+        {key: _flattened(value, shapes[name]) for key, value in states.get(number, {}).items()}
+        for number, name in enumerate(names)
     ]
     return SavedLayout(shapes, pieces, [[module[name].flatten() for name in names]], [flat])
 
@@ -92,15 +95,6 @@ def partition_sizes(saved: dict[str, Any]) -> list[int]:
     return [master.numel() + padding for master, padding in zip(masters, saved["group_paddings"], strict=True)]
 
 
-def cut(begin: int, numel: int, size: int) -> list[tuple[int, int, int]]:
-    """Return where the elements from `begin` are when a flat tensor is cut into parts of `size`: for each part that has
-    some, its number, the index of the first one in it, and how many."""
-    end = begin + numel
-    parts = range(begin // size, -(-end // size)) if numel else ()
-    starts = [(part, max(begin - part * size, 0)) for part in parts]
-    return [(part, start, min(end - part * size, size) - start) for part, start in starts]
-
-
 def stage_3_layout(groups: list[dict[str, torch.Size]], ranks: list[dict[str, Any]]) -> SavedLayout:
     """Return the layout of stage 3: every parameter is cut into pieces of equal length, one per rank.
 
@@ -122,6 +116,11 @@ def stage_3_layout(groups: list[dict[str, torch.Size]], ranks: list[dict[str, An
 def torch_optimizer_state(saved: dict[str, Any]) -> dict[str, Any]:
     """Return the state_dict of torch's optimizer from a rank's file of stage 1, 2 or 3."""
     return saved["optimizer_state_dict"] if saved["zero_stage"] == 3 else saved["base_optimizer_state"]
+
+
+def _flattened(value: Any, shape: torch.Size) -> Any:
+    """Return a state of the optimizer flat if it has the parameter's shape, else as it is."""
+    return value.flatten() if torch.is_tensor(value) and value.shape == shape else value
 
 
 def _names_without_order(module: dict[str, Any], buffers: set[str]) -> list[str]:

@@ -5,6 +5,8 @@
     OUT/mp_rank_00_model_states.pt                            buffers, frozen parameters, DeepSpeed's counters
     OUT/manifest.json                                         the source checkpoint, shapes, checksums, digests
 
+The files of the moments have the names that the optimizer gives them.
+
 The source checkpoint is kept, so nothing here is fsynced: if a crash damages files, their digests show it and the
 conversion is made again. universal_loading.py loads the result into an engine.
 """
@@ -28,7 +30,7 @@ from dsmim.engine.digest import FileEntry, HashingFile, sha256
 from dsmim.engine.runtime import Runtime
 from dsmim.log import counted
 
-UNIVERSAL_FORMAT = 1
+UNIVERSAL_FORMAT = 2
 _BAR_EVERY = 10
 """Seconds between two updates of the progress bar: each is a line in a batch job's log."""
 
@@ -62,8 +64,9 @@ def convert(checkpoint: Path, out: Path, runtime: Runtime, say: Callable[[str], 
 def read_manifest(universal: Path) -> dict[str, Any]:
     """Return manifest.json of a universal checkpoint. Raises ValueError when the folder is no such checkpoint.
 
-    source: digest that names the converted checkpoint; parameters: name → shape, step (None: never stepped), checksums
-    by key; frozen and buffers: name → shape; counters: DeepSpeed's; files: name → size and digest.
+    source: digest that names the converted checkpoint; parameters: name → shape, checksums by key, and scalars, what
+    the optimizer keeps once per tensor (key → value and dtype, None: no tensor; {}: it was never stepped); frozen and
+    buffers: name → shape; counters: DeepSpeed's; files: name → size and digest.
     """
     try:
         manifest = json.loads((universal / MANIFEST).read_text())
@@ -124,31 +127,37 @@ def _write_share(shards: ZeroShards, partial: Path, runtime: Runtime) -> tuple[d
     files = _FileWriter(partial)
     own = shards.names[runtime.rank :: runtime.world_size]
     bar = {"unit": "parameter", "mininterval": _BAR_EVERY, "file": sys.stderr, "disable": not runtime.is_rank_zero}
-    steps = shards.steps
-    parameters = {
-        name: _write_parameter(shards, name, steps.get(name), files) for name in tqdm(own, "converting", **bar)
-    }
+    scalars = shards.scalars
+    parameters = {name: _write_parameter(shards, name, scalars[name], files) for name in tqdm(own, "converting", **bar)}
     if runtime.is_rank_zero:
-        _write_common(shards, steps, files)
+        _write_common(shards, [float(found["step"]) for found in scalars.values() if "step" in found], files)
     return parameters, files.written
 
 
-def _write_parameter(shards: ZeroShards, name: str, step: float | None, files: _FileWriter) -> dict[str, Any]:
+def _write_parameter(shards: ZeroShards, name: str, scalars: dict[str, Any], files: _FileWriter) -> dict[str, Any]:
     checksums = {}
     for key in shards.keys:
         tensor = shards.tensor(name, key)
         checksums[key] = checksum(tensor)
         files.write(f"zero/{name}/{key}.pt", {"param": tensor, "cat_dim": 0})
-    if step is not None:
-        files.write(f"zero/{name}/step.pt", torch.tensor(step))
-    return {"shape": list(shards.shapes[name]), "step": step, "checksums": checksums}
+    if "step" in scalars:
+        files.write(f"zero/{name}/step.pt", torch.tensor(float(scalars["step"])))
+    kept = {key: _stored_scalar(value) for key, value in scalars.items()}
+    return {"shape": list(shards.shapes[name]), "scalars": kept, "checksums": checksums}
 
 
-def _write_common(shards: ZeroShards, steps: dict[str, float], files: _FileWriter) -> None:
+def _stored_scalar(value: Any) -> dict[str, Any]:
+    """Return a single number as the manifest has it. JSON keeps every digit of a float."""
+    if torch.is_tensor(value):
+        return {"value": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
+    return {"value": value, "dtype": None}
+
+
+def _write_common(shards: ZeroShards, steps: list[float], files: _FileWriter) -> None:
     """Write what DeepSpeed's own loaders expect. The one of stage 3 takes the step of all parameters, and the settings
     of all groups, from the nested state."""
     nested = {
-        "state": {0: {"step": torch.tensor(max(steps.values(), default=0.0))}},
+        "state": {0: {"step": torch.tensor(max(steps, default=0.0))}},
         "param_groups": shards.param_groups,
     }
     common = {"ds_version": shards.header["ds_version"], "param_groups": shards.param_groups}

@@ -10,7 +10,7 @@ DeepSpeed's other ways do not work here (0.19):
   its first step. `safe_set_full_*` lose the end of a parameter that the ranks do not divide evenly. None of them
   changes the weights that the forward pass uses.
 
-Besides engine_layout.py, this relies on what engine/zero_internals.py calls in DeepSpeed to use new masters.
+Besides engine/layout.py, this relies on what engine/zero_internals.py calls in DeepSpeed to use new masters.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsmim.checkpoint.engine_layout import EnginePiece, FlatTensor, flat_tensors
 from dsmim.checkpoint.loaded_check import check_loaded
 from dsmim.checkpoint.model_check import check_same_model
 from dsmim.checkpoint.universal import read_manifest, read_module, read_parameter
 from dsmim.engine.construct import saved_buffers
+from dsmim.engine.layout import EnginePiece, FlatTensor, flat_tensors
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.zero import Engine
 from dsmim.engine.zero_internals import on_nvme, own_part, release_gathered, update_forward_weights
@@ -44,7 +44,7 @@ def load_universal(universal: Path, engine: Engine, runtime: Runtime) -> None:
         check_same_model(universal, manifest, engine)
         _check_not_on_nvme(engine)
     release_gathered(engine.deepspeed.optimizer, engine.stage)
-    flats = flat_tensors(engine, runtime.rank)
+    flats = flat_tensors(engine.deepspeed, engine.stage, runtime.rank)
     with torch.no_grad():
         with runtime.all_or_none():
             _fill_all(universal, manifest, engine, flats, runtime.rank)
@@ -88,21 +88,34 @@ def _fill_state(
     """Make the state that the optimizer would have made. Each flat tensor has its own step counter, because torch
     counts it up in place."""
     keys = [key for key in parameters[flat.names[0]]["checksums"] if key != "fp32"]
-    steps = {parameters[name]["step"] for name in flat.names} - {None}
-    assert len(steps) <= 1, f"{flat.names} are stepped as one, but have the step counters {steps}"
     state = optimizer.state[flat.master] if keys else {}
-    for step in steps:
-        state["step"] = _step_counter(optimizer, flat.master, step)
+    for key, scalar in _common_scalars(universal, parameters, flat.names).items():
+        state[key] = _scalar(optimizer, flat.master, **scalar)
     for key in keys:
         state[key] = torch.zeros_like(flat.master, requires_grad=False)
         for piece in flat.pieces:
             piece.of_flat(state[key]).copy_(_read_piece(universal, piece, key))
 
 
-def _step_counter(optimizer: torch.optim.Optimizer, master: torch.Tensor, step: float) -> torch.Tensor:
-    """Return a counter on the device if torch's kernels count it (fused, capturable), else in host memory."""
+def _common_scalars(universal: Path, parameters: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Return what the optimizer keeps once per tensor, of parameters that are stepped as one."""
+    (first, one), *others = [(name, found) for name in names if (found := parameters[name]["scalars"])] or [("", {})]
+    for name, found in others:
+        if different := [key for key in one if found.get(key) != one[key]]:
+            raise ValueError(
+                f"{universal}: {first} and {name} are in one parameter group now, but the optimizer keeps another "
+                f"{different[0]} for each; restore optim.layer_decay, optim.weight_decay and optim.no_decay"
+            )
+    return one
+
+
+def _scalar(optimizer: torch.optim.Optimizer, master: torch.Tensor, value: float, dtype: str | None) -> Any:
+    """Return a number as it was saved; a tensor is on the device if torch's kernels use it there (fused, capturable),
+    else in host memory."""
+    if dtype is None:
+        return value
     on_device = any(optimizer.defaults.get(key) for key in ("fused", "capturable"))
-    return torch.tensor(step, dtype=torch.float32, device=master.device if on_device else "cpu")
+    return torch.tensor(value, dtype=getattr(torch, dtype), device=master.device if on_device else "cpu")
 
 
 def _fill_frozen(parameter: nn.Parameter, value: torch.Tensor, rank: int) -> None:

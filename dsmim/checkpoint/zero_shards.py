@@ -70,14 +70,14 @@ class ZeroShards:
 
     @property
     def keys(self) -> list[str]:
-        """What can be read of every trained parameter: fp32, the weight, and its state once the optimizer has stepped:
-        exp_avg, exp_avg_sq, ema.
+        """What can be read of every trained parameter: fp32, the weight, and what the optimizer keeps per element once
+        it has stepped, for example exp_avg, exp_avg_sq, ema.
 
         One state stands for all: DeepSpeed steps all parameters or none, those without a gradient with zeros.
         """
         self._check_order_known()
         state = next((state for groups in self._layout.states for state in groups if state), {})
-        return ["fp32", *(key for key in state if key != "step")]
+        return ["fp32", *(key for key, value in state.items() if value is not None and not is_scalar(value))]
 
     def tensor(self, name: str, key: str = "fp32") -> torch.Tensor:
         """Return a copy of one parameter's whole fp32 tensor. A frozen parameter has its weight only, whatever the key.
@@ -92,15 +92,30 @@ class ZeroShards:
         return torch.cat(pieces).float().view(self.shapes[name])
 
     @property
-    def steps(self) -> dict[str, float]:
-        """How often the optimizer has stepped each parameter; one that it never stepped is left out."""
+    def scalars(self) -> dict[str, dict[str, Any]]:
+        """What the optimizer keeps once per tensor, by name and key: step, how often it has stepped the parameter, and
+        others. {}: it never stepped it.
+
+        Raises ValueError for a state that is neither of this kind nor per element.
+        """
         self._check_order_known()
         found = {}
         for name, (first, *_) in self._layout.pieces.items():
-            step = self._layout.states[first.rank][first.group].get("step")
-            if step is not None:
-                found[name] = float(step)
+            state = self._layout.states[first.rank][first.group]
+            self._check_per_element(name, state, self._layout.masters[first.rank][first.group].numel())
+            found[name] = {key: value for key, value in state.items() if is_scalar(value)}
         return found
+
+    def _check_per_element(self, name: str, state: dict[str, Any], numel: int) -> None:
+        known = [key for key, value in state.items() if value is None or is_scalar(value) or _is_flat(value, numel)]
+        other = [key for key in state if key not in known]
+        if other or any("step" in group for group in self.param_groups):
+            what = f"{other[0]} of {name} per tensor" if other else "a step counter per group"
+            raise ValueError(
+                f"{self.checkpoint}: its optimizer keeps {what}, so it can only be loaded with the parameter groups "
+                "that it was saved with; restore the recipe's optim section, or start a new run from its weights "
+                "(model.weights)"
+            )
 
     @property
     def buffers(self) -> dict[str, torch.Tensor]:
@@ -173,6 +188,15 @@ class ZeroShards:
         models = [self._model, *map(load_file, self._model_files[1:])]
         pieces = torch.cat([model["frozen_param_fragments"][name].flatten() for model in models])
         return pieces[: shape.numel()].float().view(shape)
+
+
+def is_scalar(value: Any) -> bool:
+    """Return whether a value of an optimizer's state is a single number, in a tensor or not."""
+    return isinstance(value, (int, float)) or (torch.is_tensor(value) and value.ndim == 0)
+
+
+def _is_flat(value: Any, numel: int) -> bool:
+    return torch.is_tensor(value) and value.ndim == 1 and value.numel() >= numel
 
 
 def read_weights(checkpoint: Path, which: str = "fp32") -> dict[str, torch.Tensor]:

@@ -68,13 +68,15 @@ def load_ds_config(source: str, owned: dict[str, Any]) -> dict[str, Any]:
 
 
 def owned_keys(recipe: Recipe, world_size: int, accumulation: int | None) -> dict[str, Any]:
-    """Return the recipe's values for its own keys of batch and clipping.
+    """Return the recipe's values for its own keys of batch, clipping and optimizer.
 
     accumulation: micro batches per rank and step; None: not known.
     """
     size = recipe.batch.global_batch
     # gradient_clipping is always written: DeepSpeed's default is 1.0.
     owned: dict[str, Any] = {"train_batch_size": size, "gradient_clipping": recipe.optim.clip_grad or 0.0}
+    if recipe.optim.name != "adamw":
+        owned["zero_allow_untested_optimizer"] = True  # engine/optim.py allows those that were measured to be exact
     if accumulation is None:
         return owned
     micro = size // (world_size * accumulation)

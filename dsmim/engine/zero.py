@@ -15,7 +15,8 @@ from torch import nn
 from dsmim.engine import ema
 from dsmim.engine.construct import autocast_modules, construct, share_buffers
 from dsmim.engine.ds_config import load_ds_config, owned_keys, zero_stage
-from dsmim.engine.optim import build_optimizer, parameter_groups
+from dsmim.engine.lamb import Lamb, bind_lamb
+from dsmim.engine.optim import build_optimizer, check_optimizer, parameter_groups
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.schedule import LearningRate
 from dsmim.engine.zero_internals import clear_padding, group_members, on_nvme, release_modules, share_masters
@@ -50,6 +51,7 @@ class Engine:
         # Each of the next steps needs the one before it.
         self.config = load_ds_config(recipe.engine.deepspeed, self._owned_keys(recipe, model))
         self.stage = zero_stage(self.config)
+        check_optimizer(recipe.optim, self.config)
         # Groups hold names, and are made while the parameters have their shapes: ZeRO-3's shards all look 1-D.
         self.groups = parameter_groups(model, layers, recipe.optim)
         # The weights: filled, moved to the device or partitioned as the stage requires, the same on every rank.
@@ -57,7 +59,7 @@ class Engine:
         construct(model, parts, self.config, self.stage, runtime)
         share_buffers(model, runtime)
         # The optimizer holds the parameters themselves; filling has replaced those of the meta device.
-        self.optimizer = build_optimizer(model, self.groups, recipe.optim)
+        self.optimizer = build_optimizer(model, self.groups, recipe.optim, rate.peak)
         self.deepspeed = self._initialize_deepspeed(model)
         self._install_writer(background=recipe.checkpoint.background)
         if self.stage == 3:
@@ -68,6 +70,8 @@ class Engine:
                 "validation.ema: the average cannot be measured with weights or optimizer offloaded to NVMe; set "
                 "validation.ema=false, or use a DeepSpeed JSON without NVMe"
             )
+        if isinstance(self.optimizer, Lamb):
+            bind_lamb(self.optimizer, self.deepspeed, self.stage, runtime.rank, runtime.device)
         self._check_compiled(recipe)
         self._check_groups()
 

@@ -45,6 +45,7 @@ ALIASES = {
     "wd": "optim.weight_decay",
     "opt": "optim.name",
     "opt_eps": "optim.eps",
+    "opt_kwargs": "optim.options",
     "adam_epsilon": "optim.eps",
     "opt_betas": "optim.betas",
     "adam_beta1": "optim.betas",

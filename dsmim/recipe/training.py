@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from dsmim.recipe.optimizers import TIMM_PREFIX, known_optimizer, own_arguments
 from dsmim.recipe.section import Count, Duration, Positive, Section, Share, UserPath
 
 
 class Optim(Section):
     """The optimizer."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Annotated[str, AfterValidator(known_optimizer)] = "adamw"
+    """adamw; lamb (arXiv 1904.00962, exact at every ZeRO stage); or timm:NAME, one of timm's optimizers. Which of them
+    are right at which ZeRO stage: docs/optimizers.md."""
+    options: dict[str, Any] = {}
+    """More arguments of a timm optimizer, such as {momentum: 0.95}."""
     lr: Positive
     """Peak learning rate, before optim.lr_scaling."""
     lr_scaling: Literal["none", "linear"] = "none"
     """linear: multiply lr, warmup_lr and min_lr by global_batch / lr_base_batch."""
     lr_base_batch: Count = 512
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    eps: Positive = 1e-8
+    betas: tuple[Share, ...] | None = None
+    """null: the optimizer's own; of adamw and lamb 0.9 and 0.999."""
+    eps: Positive | None = None
+    """null: the optimizer's own; of adamw and lamb 1e-8."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     no_decay: list[str] = ["*mask_token", "*logit_scale", "*cpb_mlp*", "*pos_embed", "*cls_token"]
     """Shell patterns of the names of parameters without weight decay; biases and other 1-D tensors never have any."""
@@ -35,6 +42,29 @@ class Optim(Section):
     ema_warmup: bool = False
     """Begin with a short average: the k-th update has a decay of at most 1 - k^(-2/3), as timm's ModelEmaV3
     with use_warmup."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_arguments(cls, values: Any) -> Any:
+        """Write out what the optimizer takes where the recipe leaves betas or eps out: a checkpoint keeps it."""
+        if not isinstance(values, dict) or not isinstance(name := values.get("name", "adamw"), str):
+            return values
+        return values | {key: own for key, own in own_arguments(name).items() if values.get(key) is None}
+
+    @model_validator(mode="after")
+    def _arguments_fit(self) -> Optim:
+        own = own_arguments(self.name)
+        for key, value in (("betas", self.betas), ("eps", self.eps)):
+            if value is not None and own[key] is None:
+                raise ValueError(f"{key}: {self.name} has no such argument; remove it, or set optim.{key}=null")
+        if self.betas is not None and len(self.betas) != len(own["betas"]):
+            raise ValueError(f"betas: {self.name} takes {len(own['betas'])} of them, as in {list(own['betas'])}")
+        if self.options and not self.name.startswith(TIMM_PREFIX):
+            raise ValueError(f"options: {self.name} takes none; only timm's optimizers do (optim.name=timm:NAME)")
+        owners = ["lr", "weight_decay", *(key for key in ("betas", "eps") if own[key] is not None)]
+        if twice := [key for key in owners if key in self.options]:
+            raise ValueError(f"options.{twice[0]}: give it as optim.{twice[0]}")
+        return self
 
 
 class Schedule(Section):

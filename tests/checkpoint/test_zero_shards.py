@@ -83,7 +83,9 @@ def test_stage_0_with_the_names_in_state_json(tmp_path):
     folder, model, optimizer = stage_0(tmp_path / "c", ORDER)
     shards = ZeroShards(folder)
     assert (shards.stage, shards.world_size) == (0, 5)
-    assert shards.names == [name for group in ORDER for name in group] and set(shards.steps.values()) == {1.0}
+    assert shards.names == [name for group in ORDER for name in group] and {
+        float(found["step"]) for found in shards.scalars.values()
+    } == {1.0}
     assert shards.shared == {"1.weight": "0.weight"} and shards.frozen == ["2.weight", "2.bias"]
     assert shards.keys == ["fp32", "exp_avg", "exp_avg_sq"]
     for name, parameter in model.named_parameters():
@@ -99,7 +101,7 @@ def test_stage_0_without_the_names_has_weights_only(tmp_path):
     folder, model, _ = stage_0(tmp_path / "c", None)
     assert all(torch.equal(value, read_weights(folder)[name]) for name, value in model.state_dict().items())
     assert read_weights(folder).keys() == model.state_dict().keys()
-    for ask in (lambda shards: shards.keys, lambda shards: shards.steps, lambda s: s.tensor("0.weight", "exp_avg")):
+    for ask in (lambda shards: shards.keys, lambda shards: shards.scalars, lambda s: s.tensor("0.weight", "exp_avg")):
         with pytest.raises(ValueError, match=r"c: state\.json does not say which moments .* at ZeRO stage 0"):
             ask(ZeroShards(folder))
 
@@ -115,7 +117,7 @@ def test_stage_3_pieces_padding_frozen_and_shared(tmp_path):
     tensors = {"seven": torch.randn(7, 1), "one": torch.randn(()), "four": torch.randn(2, 2)}
     folder = stage_3(tmp_path / "c", tensors)
     shards, found = ZeroShards(folder), read_weights(folder)
-    assert shards.keys == ["fp32"] and shards.steps == {} and shards.param_groups == [{"lr": 1.0}]
+    assert shards.keys == ["fp32"] and not any(shards.scalars.values()) and shards.param_groups == [{"lr": 1.0}]
     assert found.keys() == {*tensors, "alias", "frozen", "buffer"}
     assert all(torch.equal(found[name], value) for name, value in tensors.items())
     assert torch.equal(found["alias"], tensors["seven"]) and found["buffer"].tolist() == [0]

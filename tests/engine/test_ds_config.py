@@ -1,5 +1,7 @@
 """Values that the recipe writes into the DeepSpeed configuration. tests/recipe/test_recipe.py has contradictions."""
 
+import json
+
 import pytest
 
 from dsmim.engine.ds_config import load_ds_config, owned_keys, shipped_configs, zero_stage
@@ -40,3 +42,15 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     file.write_text("{")
     with pytest.raises(ValueError, match=r"broken\.json: not valid JSON"):
         load_ds_config(str(file), {})
+
+
+def test_an_optimizer_that_deepspeed_does_not_know_is_allowed_by_the_recipe(tmp_path):
+    """engine/optim.py decides which ones are right."""
+    key = "zero_allow_untested_optimizer"
+    (file := tmp_path / "zero.json").write_text(json.dumps({key: False}))
+    for name, given in (("adamw", False), ("lamb", True), ("timm:lion", True)):
+        owned = owned_keys(parse_recipe(tiny_recipe(tmp_path, optim={"lr": 1e-3, "name": name}), "t"), 2, 1)
+        assert (owned.get(key) is True) == given
+        if given:
+            with pytest.raises(ValueError, match=rf"{key}: the file says False, the recipe True"):
+                load_ds_config(str(file), owned)

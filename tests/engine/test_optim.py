@@ -21,7 +21,7 @@ def test_groups_are_merged_by_equal_scale_and_decay():
     for name, parameter in model.named_parameters():
         plain = parameter.ndim == 1 or "logit_scale" in name or "cpb_mlp" in name
         assert of[name].weight_decay == (0.0 if plain else 0.3), name
-    optimizer = build_optimizer(model, groups, optim)
+    optimizer = build_optimizer(model, groups, optim, peak=1e-3)
     assert [g["lr_scale"] for g in optimizer.param_groups] == [g.scale for g in groups]
 
 
