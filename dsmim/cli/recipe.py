@@ -66,7 +66,7 @@ def _print_table(tflops: float) -> None:
         rows.append((name, *(text or "-" for text in (about.paper, about.model, about.data, *figures))))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print(
-        f"GPU-hours: of one GPU that does {tflops:g} * 10^12 operations per second; computed for the forward and backward\n"
+        f"GPU-hours: of one GPU that does {tflops:g} * 10^12 operations per second; computed for forward and backward\n"
         "passes, not measured. Expected: as published, per cent of ImageNet-1K's validation images; only the demo and\n"
         "finetune_small were trained to their end here.\n"
     )

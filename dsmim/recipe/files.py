@@ -46,8 +46,8 @@ def shipped_recipes() -> dict[str, Path]:
 def read_tree(source: str) -> tuple[Tree, dict[str, Path]]:
     """Return the keys of a recipe (a shipped name, or a path) with its bases applied, and the owners of keys.
 
-    Owners: dotted key → the file that gives its value, for a recipe with a base; empty without one. Mappings are merged
-    key by key. Lists and other values, durations, and a task of another name are replaced.
+    Owners: dotted key → the file that gives its value, for a recipe with a base; empty without one. Sections are merged
+    key by key. All other values are replaced: lists, durations, options, and a task of another name too.
     Raises RecipeError, which names the file.
     """
     (path, own), *bases = _chain(source)
@@ -123,26 +123,22 @@ def _read_yaml(path: Path) -> Tree:
     return tree
 
 
-def _merged(old: Tree, new: Tree, section: type[BaseModel] | None) -> Tree:
-    """Return `old` with the keys of `new`; section: their type, None if there is none."""
-    merged = dict(old)
-    for key, value in new.items():
-        inner = _type_of(section, key)
-        whole = inner is not None and issubclass(inner, Duration)  # {epochs: 3} in the place of {steps: 5}
-        if isinstance(value, dict) and isinstance(before := old.get(key), dict) and not whole:
-            renamed = (
-                key == "task" and section is Recipe and value.get("name", before.get("name")) != before.get("name")
-            )
-            merged[key] = value if renamed else _merged(before, value, inner)
-        else:
-            merged[key] = value
+def _merged(old: Tree, new: Tree, section: type[BaseModel]) -> Tree:
+    """Return the keys of a section, with those of `new` in the place of those of `old`."""
+    merged = old | new
+    for key in old.keys() & new.keys():
+        before, value, inner = old[key], new[key], _section_of(section, key)
+        if inner is not None and isinstance(before, dict) and isinstance(value, dict):
+            other_task = section is Recipe and key == "task" and value.get("name") not in (None, before.get("name"))
+            merged[key] = value if other_task else _merged(before, value, inner)
     return merged
 
 
-def _type_of(section: type[BaseModel] | None, key: str) -> type[BaseModel] | None:
-    field = None if section is None else section.model_fields.get(key)
+def _section_of(section: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """Return the section that a key holds, None for another value: {epochs: 3} comes in the place of {steps: 5}."""
+    field = section.model_fields.get(key)
     found = [] if field is None or typing.get_origin(field.annotation) is list else sections_of(field.annotation)
-    return found[0] if found else None
+    return None if not found or issubclass(found[0], Duration) else found[0]
 
 
 def _place(key: str, owners: dict[str, Path]) -> str:
