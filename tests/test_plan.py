@@ -85,5 +85,5 @@ def test_a_batch_that_mixing_or_the_ranks_cannot_share_is_an_error(tmp_path):
     recipe = parse_recipe(tiny_recipe(tmp_path, task=MIXING, batch=batch), "tiny")
     with pytest.raises(ValueError, match="no micro batch of 1 to 4 fits a share of 3 samples per rank"):
         plan(recipe, build_task(recipe), 53, 2, None)
-    with pytest.raises(ValueError, match="batch.global_batch: 6 is not a multiple of 4 ranks"):
+    with pytest.raises(ValueError, match=r"batch\.global_batch: 6 is not a multiple of 4 ranks"):
         plan(recipe, build_task(recipe), 53, 4, None)

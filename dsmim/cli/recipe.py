@@ -62,7 +62,7 @@ def _print_table(tflops: float) -> None:
     for name in shipped_recipes():
         recipe = load_recipe(name)
         about, hours = recipe.about, gpu_hours(recipe, tflops)
-        figures = (about.epochs and f"{about.epochs:g}", None if hours is None else f"{hours:,.0f}", about.result)
+        figures = (about.epochs and f"{about.epochs:g}", hours and _rounded(hours), about.result)
         rows.append((name, *(text or "-" for text in (about.paper, about.model, about.data, *figures))))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print(
@@ -72,6 +72,10 @@ def _print_table(tflops: float) -> None:
     )
     for row in rows:
         print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _rounded(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}"
 
 
 def _rate(text: str) -> float:

@@ -25,7 +25,7 @@ OURS = ("demo_pretrain", "demo_finetune", "finetune_small")
 PUBLISHED = [name for name in shipped_recipes() if name not in OURS]
 IMAGENET = 1_281_167
 
-# Width of stage 1, parameters of SimMIM at 192 px and of the classifier at 224 px (docs/models.md; rounded: MODELHUB.md)
+# Width of stage 1, parameters of SimMIM at 192 px and of the classifier at 224 px (docs/models.md, MODELHUB.md)
 SWIN = {
     "small": (96, 51_321_882, 49_728_418),
     "base": (128, 90_042_744, 87_918_816),
@@ -306,3 +306,11 @@ def test_the_page_has_the_table_of_the_command_and_the_command_is_light():
     for name in shipped_recipes():
         assert f"| `{name}` | {' | '.join(rows[name][1:])} |" in page, name
     assert rows["simmim_swinv2_base_192_pretrain"][5] == "160"  # 7.2 · 10¹⁹ operations
+
+
+def test_the_page_s_example_of_a_base(tmp_path):
+    page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", page, re.S)[1])
+    recipe, base = load_recipe(str(tmp_path / "mine.yaml")), load_recipe("deit3_base_192_in1k_800")
+    assert (recipe.name, recipe.task.num_classes, recipe.schedule.duration.epochs) == ("my_vit", 37, 300)
+    assert (recipe.optim, recipe.data.augment, recipe.about.paper) == (base.optim, base.data.augment, None)
