@@ -45,16 +45,19 @@ def explained(wanted: str = "", width: int = 120) -> str:
 
 def _lines(section: type[BaseModel], prefix: str, width: int) -> Iterator[tuple[str, str]]:
     """Yield (dotted key, its explanation) of a section: first the section itself, then its keys."""
-    for name, field in section.model_fields.items():
-        key = f"{prefix}{name}"
-        inner = [one for one in sections_of(field.annotation) if not issubclass(one, Duration)]
-        if inner and _nullable(field):  # a section that may be left out as a whole, such as checkpoint.keep_best
-            yield key, _entry(key, f"section or null{_default(field)}", field.description or "", width)
+    fields = [(f"{prefix}{name}", field, _sections(field)) for name, field in section.model_fields.items()]
+    for key, field, inner in sorted(fields, key=lambda one: bool(one[2])):  # values before sections
+        if not inner:
+            yield key, _entry(key, f"{type_words(field.annotation, field)}{_default(field)}", field.description, width)
+        elif type(None) in typing.get_args(field.annotation):  # it may be left out, such as checkpoint.keep_best
+            yield key, _entry(key, f"section or null{_default(field)}", field.description, width)
         for one in inner:
             yield key, _heading(key, one, width)
             yield from _lines(one, f"{key}.", width)
-        if not inner:
-            yield key, _entry(key, f"{type_words(field.annotation, field)}{_default(field)}", field.description, width)
+
+
+def _sections(field: FieldInfo) -> list[type[BaseModel]]:
+    return [one for one in sections_of(field.annotation) if not issubclass(one, Duration)]
 
 
 def _heading(key: str, section: type[BaseModel], width: int) -> str:
@@ -115,7 +118,3 @@ def _words(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, Duration):
         return " or ".join(f"{{{unit}: N}}" for unit in annotation.model_fields)
     return _PLAIN.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-def _nullable(field: FieldInfo) -> bool:
-    return type(None) in typing.get_args(field.annotation)

@@ -118,7 +118,7 @@ def test_gpu_hours_of_the_published_pre_training():
 
 
 def test_every_key_is_explained():
-    text = explained()
+    text = "\n" + explained()
     for key in keys_of(Recipe):
         if not key.endswith((".steps", ".epochs", ".samples", ".minutes")) or key == "about.epochs":
             assert f"\n  {key}: " in text, key
