@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dsmim.data.order import accumulation_steps, refit_accumulation
+from dsmim.data.order import accumulation_steps, limited_accumulation, refit_accumulation
 from dsmim.engine.schedule import LearningRate, resolve_schedule
 from dsmim.recipe import Duration, Recipe
 from dsmim.tasks import Task
@@ -71,16 +71,24 @@ def plan(recipe: Recipe, task: Task, epoch_samples: int, world_size: int, state:
 def _accumulation(recipe: Recipe, task: Task, world_size: int, state: dict[str, Any] | None) -> int:
     """Return the micro batches per rank and step.
 
-    A new run has exactly the recipe's micro batch. A resumed run keeps its global batch at any number of ranks, with
-    micro batches that are not larger than before.
+    A new run has exactly the recipe's micro batch, or the largest up to batch.max_micro_batch. A resumed run keeps its
+    global batch at any number of ranks, with micro batches that are not larger than before or than that limit.
     """
     batch = recipe.batch
-    if state is None:
-        steps = accumulation_steps(batch.global_batch, batch.micro_batch, world_size)
-        task.check_micro_batch(batch.global_batch // (world_size * steps))
-        return steps
-    largest = state.get("micro_batch", batch.global_batch) if batch.micro_batch == "auto" else batch.micro_batch
-    return refit_accumulation(batch.global_batch, largest, world_size, lambda size: _accepts(task, size))
+    limit = batch.max_micro_batch if batch.micro_batch == "auto" else None
+
+    def accepts(size: int) -> bool:
+        return _accepts(task, size)
+
+    if state is not None:
+        auto = limit or state.get("micro_batch", batch.global_batch)
+        largest = auto if batch.micro_batch == "auto" else batch.micro_batch
+        return refit_accumulation(batch.global_batch, largest, world_size, accepts)
+    if limit is not None:
+        return limited_accumulation(batch.global_batch, limit, world_size, accepts)
+    steps = accumulation_steps(batch.global_batch, batch.micro_batch, world_size)
+    task.check_micro_batch(batch.global_batch // (world_size * steps))
+    return steps
 
 
 def _accepts(task: Task, micro_batch: int) -> bool:

@@ -163,7 +163,7 @@ def rank_positions(begin: int, global_batch: int, world_size: int, rank: int) ->
 
 
 def accumulation_steps(global_batch: int, micro_batch: int | str, world_size: int) -> int:
-    """Return the number of micro batches per rank and step.
+    """Return the number of micro batches per rank and step; "auto": one.
 
     Raises ValueError, with the numbers, when ranks × micro batch does not divide the global batch.
     """
@@ -190,8 +190,15 @@ def refit_accumulation(global_batch: int, micro_batch: int, world_size: int, acc
             f"batch.global_batch: {global_batch} cannot be shared evenly by {world_size} ranks, and it must stay as "
             f"it was; resume on {' or '.join(map(str, near))} ranks"
         )
+    return limited_accumulation(global_batch, micro_batch, world_size, accepts)
+
+
+def limited_accumulation(global_batch: int, largest: int, world_size: int, accepts: Callable[[int], bool]) -> int:
+    """Return the number of micro batches per rank and step, of the largest size up to `largest` that divides a rank's
+    share and for which `accepts` returns true. Raises ValueError, with the numbers, when there is none."""
+    accumulation_steps(global_batch, "auto", world_size)  # raises when ranks cannot share the batch
     share = global_batch // world_size
-    for micro in range(min(share, micro_batch), 0, -1):
+    for micro in range(min(share, largest), 0, -1):
         if share % micro == 0 and accepts(micro):
             return share // micro
-    raise ValueError(f"batch.global_batch: no micro batch fits a share of {share} samples per rank")
+    raise ValueError(f"batch.global_batch: no micro batch of 1 to {largest} fits a share of {share} samples per rank")

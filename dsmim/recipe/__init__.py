@@ -1,6 +1,8 @@
 """The typed description of a run: schema, made of the sections in
-tasks, model, data, training and running (section: their base); and how one is read (reading, errors)."""
+about, tasks, model, data, training and running (section: their base); how one is read (files, reading, errors) and
+shown (explain)."""
 
+from dsmim.recipe.about import About
 from dsmim.recipe.data import Augment, Batch, Data
 from dsmim.recipe.model import Model
 from dsmim.recipe.running import Best, Checkpoint, Log, Validation
@@ -10,6 +12,7 @@ from dsmim.recipe.tasks import ClassifyTask, SimMIMTask
 from dsmim.recipe.training import Engine, Optim, Schedule
 
 __all__ = [
+    "About",
     "Augment",
     "Batch",
     "Best",

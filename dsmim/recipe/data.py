@@ -104,6 +104,10 @@ class Batch(Section):
     global_batch: Count
     """Samples per optimizer step, over all ranks."""
     micro_batch: Count | Literal["auto"] = "auto"
-    """Samples that one rank computes at once; auto: global batch / ranks. Gradient accumulation does the rest."""
+    """Samples that one rank computes at once; auto: global batch / ranks, but at most max_micro_batch. Gradient
+    accumulation does the rest."""
+    max_micro_batch: Count | None = None
+    """Largest micro batch that auto takes: the largest divisor of a rank's share up to it (an even one where mixup or
+    CutMix pair samples); null: no limit."""
     eval_batch: Count = 64
     """Samples of one validation batch."""

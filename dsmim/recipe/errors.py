@@ -62,7 +62,7 @@ def _meant(word: str, given: object, section: type[BaseModel] | None, model: typ
     it is in another section; else the most similar key of its section, or all of them."""
     fields = section.model_fields if section else {}
     lengths = [
-        name for name, field in fields.items() if any(issubclass(o, Duration) for o in _sections(field.annotation))
+        name for name, field in fields.items() if any(issubclass(o, Duration) for o in sections_of(field.annotation))
     ]
     if lengths and word in Duration.model_fields:
         return f"; did you mean {lengths[0]}={{{word}: {shown_number(given)}}}?"
@@ -71,7 +71,7 @@ def _meant(word: str, given: object, section: type[BaseModel] | None, model: typ
     if name := alias(word, given):
         return f"; did you mean {name}?"
     others = [key for key in keys_of(Recipe) if key.rsplit(".", 1)[-1] == word]
-    tasks = [_tag(one) for one in _sections(Recipe.model_fields["task"].annotation) if word in one.model_fields]
+    tasks = [_tag(one) for one in sections_of(Recipe.model_fields["task"].annotation) if word in one.model_fields]
     if others == [f"task.{word}"] and section is not None and _tag(section) is not None:
         return f"; it is a key of task.name={tasks[0]}"
     if len(others) == 1:
@@ -83,7 +83,7 @@ def keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:
     """Return the dotted keys of all values below a section, each once."""
     found = {}
     for name, field in section.model_fields.items():
-        inner = _sections(field.annotation)
+        inner = sections_of(field.annotation)
         keys = [key for one in inner for key in keys_of(one, f"{prefix}{name}.")] or [f"{prefix}{name}"]
         found |= dict.fromkeys(keys)
     return list(found)
@@ -114,7 +114,7 @@ def _walk(loc: tuple, model: type[BaseModel]) -> tuple[str, type[BaseModel] | No
             parts[-1] += f"[{part}]"
         elif part in fields:
             parts.append(part)
-            candidates = _sections(fields[part].annotation)
+            candidates = sections_of(fields[part].annotation)
             if index < len(loc) - 1:
                 section = candidates[0] if len(candidates) == 1 else None
         elif section is None:  # the tag of a union selects the section
@@ -124,10 +124,11 @@ def _walk(loc: tuple, model: type[BaseModel]) -> tuple[str, type[BaseModel] | No
     return ".".join(parts) or "recipe", section
 
 
-def _sections(annotation: object) -> list[type[BaseModel]]:
+def sections_of(annotation: object) -> list[type[BaseModel]]:
+    """Return the sections, durations among them, that a key of this type may hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [section for arg in typing.get_args(annotation) for section in _sections(arg)]
+    return [section for arg in typing.get_args(annotation) for section in sections_of(arg)]
 
 
 def _tag(section: type[BaseModel]) -> str | None:

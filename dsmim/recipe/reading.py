@@ -4,51 +4,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from dsmim.recipe.contradictions import contradictions
-from dsmim.recipe.errors import RecipeError, explain, nearest
+from dsmim.recipe.errors import RecipeError, explain
+from dsmim.recipe.files import BASE, flatten, in_their_files, read_tree, shipped_recipes  # noqa: F401 - used from here
 from dsmim.recipe.override_values import read_value
 from dsmim.recipe.schema import Recipe
 
 # Keys that may differ when a run resumes: they change its speed, or what is seen of it, not what it learns. data.train
 # may name other paths, because the fingerprint of the shards there must be the same.
 FREE_KEYS = (
+    "about",
     "data.train", "data.val", "data.index_dir", "data.subset", "data.workers", "data.cache_dir",
     "data.cache_gb", "data.allow_pipe", "data.max_undecodable",
     "model.grad_checkpointing", "model.grad_checkpointing_stages", "model.sequential_stages", "model.compile",
-    "batch.micro_batch", "batch.eval_batch", "engine.deepspeed", "engine.max_skipped", "engine.max_loss_growth",
-    "engine.timeout_minutes", "engine.step_timeout_minutes",
+    "batch.micro_batch", "batch.max_micro_batch", "batch.eval_batch",
+    "engine.deepspeed", "engine.max_skipped", "engine.max_loss_growth", "engine.timeout_minutes",
+    "engine.step_timeout_minutes",
     "validation", "checkpoint", "log",
 )  # fmt: skip
-
-
-_NO_PERMISSION = (
-    "data.allow_pipe: a file cannot allow commands, because it may come from others; remove it there, and give "
-    "data.allow_pipe=true on the command line"
-)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses a key given twice, where YAML would silently keep the last value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"key given twice: {', '.join(twice)}", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Return the file of every recipe that comes with dsmim, by its name."""
-    folder = Path(str(resources.files("dsmim"))) / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -56,8 +34,14 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError (a ValueError) that lists every problem, each with its key and the fix.
     """
-    tree, problems = _overridden(_read_yaml(_locate(source)), overrides)
-    return parse_recipe(tree, source, problems)
+    keys, owners = read_tree(source)
+    tree, problems = _overridden(keys, overrides)
+    try:
+        return parse_recipe(tree, source, problems)
+    except RecipeError as error:
+        given = tuple(item.partition("=")[0] for item in overrides)
+        files = {key: file for key, file in owners.items() if not f"{key}.".startswith(tuple(f"{k}." for k in given))}
+        raise RecipeError(source, in_their_files(error.problems, files)) from None
 
 
 def stored_recipe(tree: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -74,30 +58,10 @@ def parse_recipe(tree: dict[str, Any], source: str, problems: Sequence[str] = ()
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Return `key: old → new` for every key that changes what is learned."""
-    before, after = (_flatten(r.model_dump(mode="json")) for r in (old, new))
+    before, after = (flatten(r.model_dump(mode="json")) for r in (old, new))
     free = tuple(key + "." for key in FREE_KEYS)
     changed = [k for k in before | after if before.get(k) != after.get(k) and not (k + ".").startswith(free)]
     return [f"{key}: {before.get(key)} → {after.get(key)}" for key in changed]
-
-
-def _locate(source: str) -> Path:
-    shipped = shipped_recipes()
-    path = shipped.get(source, Path(source).expanduser())
-    if not path.is_file():
-        raise RecipeError(source, [f"no such file, and no shipped recipe of that name{nearest(source, list(shipped))}"])
-    return path
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(str(path), [f"not valid YAML: {error}"]) from None
-    if not isinstance(tree, dict):
-        raise RecipeError(str(path), ["the file must hold keys with values (key: value)"])
-    if isinstance(data := tree.get("data"), dict) and data.get("allow_pipe"):
-        raise RecipeError(str(path), [_NO_PERMISSION])
-    return tree
 
 
 def _given_twice(overrides: Sequence[str]) -> list[str]:
@@ -148,6 +112,8 @@ def _override(tree: dict[str, Any], item: str) -> str | None:
     key, equals, text = item.partition("=")
     if not equals or not key:
         return f"override {item!r} is not of the form key=value"
+    if key == BASE:
+        return f"override {item!r}: only a file names its {BASE}; give the recipe to start from in its place"
     *parents, leaf = key.split(".")
     for part in parents:
         if tree.get(part) is None:
@@ -160,12 +126,3 @@ def _override(tree: dict[str, Any], item: str) -> str | None:
     except yaml.YAMLError as error:
         return f"override {item!r}: the value is not valid YAML ({error})"
     return None
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
-    return flat

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Union
 import yaml
 from pydantic import Field
 
+from dsmim.recipe.about import About
 from dsmim.recipe.data import Batch, Data
 from dsmim.recipe.model import Model
 from dsmim.recipe.running import Checkpoint, Log, Validation
@@ -24,6 +25,8 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
     """The run directory is runs/NAME unless --run-dir is given."""
+    about: About = About()
+    """What the recipe is, for readers: it decides nothing."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Decides everything that is random: order of samples, augmentation, masks, first weights, drop path."""
     task: Annotated[Union[SimMIMTask, ClassifyTask], Field(discriminator="name")]

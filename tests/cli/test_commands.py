@@ -71,9 +71,31 @@ def test_recipes_are_listed_and_printed_whole(capsys):
     assert main(["recipes"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in shipped_recipes())
+    row = next(line for line in listed.splitlines() if line.startswith("simmim_swinv2_base_192_pretrain "))
+    assert all(word in row for word in ("2206.04664", "SwinV2-B, 192 px", "ImageNet-1K", " 800 ", "loss 0.4588"))
+    assert "124.8 * 10^12" in listed and " 161 " in row
+    assert main(["recipes", "--tflops", "249.6"]) == 0
+    assert " 80 " in capsys.readouterr().out.split("simmim_swinv2_base_192_pretrain ")[1].partition("\n")[0]
     assert main(["recipes", "demo_pretrain", "optim.lr=7e-4"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["optim"]["lr"] == 7e-4 and printed["data"]["max_undecodable"] == 0.01
+
+
+def test_keys_are_explained(capsys):
+    assert main(["recipes", "--explain", "optim.lr"]) == 0
+    assert capsys.readouterr().out.startswith("  optim.lr: number > 0, required\n      Peak learning rate")
+    assert main(["recipes", "--explain"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n{section}: " in text for section in ("model", "schedule", "log"))
+    assert main(["recipes", "--explain", "optm"]) == 1
+    assert "--explain optm: no such key; did you mean optim?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "inf", "nan", "fast"])
+def test_rates_that_are_none(capsys, rate):
+    with pytest.raises(SystemExit):
+        main(["recipes", "--tflops", rate])
+    assert "--tflops" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
