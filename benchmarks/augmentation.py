@@ -2,8 +2,8 @@
 
     python benchmarks/augmentation.py [IMAGE.jpg] [--size 224] [--rounds 30]
 
-Every round takes one image of each kind, so that a busy machine slows all of them alike; the median is reported. Without
-IMAGE it is scikit-learn's china.jpg, 640 x 427. The last line is one JSON object.
+Every round takes one image of each kind, so that a busy machine slows all of them alike; the median is reported.
+Without IMAGE it is scikit-learn's china.jpg, 640 x 427. The last line is one JSON object.
 """
 
 from __future__ import annotations
