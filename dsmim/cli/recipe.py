@@ -55,7 +55,7 @@ def _recipes(options: argparse.Namespace) -> None:
 
 def _print_table(tflops: float) -> None:
     """Print a line per shipped recipe; a dash where a figure is not known."""
-    from dsmim.recipe.about import gpu_hours
+    from dsmim.recipe.cost import gpu_hours
     from dsmim.recipe.reading import load_recipe, shipped_recipes
 
     rows = [("recipe", "paper", "model", "data", "epochs", "GPU-hours", "expected")]

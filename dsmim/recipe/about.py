@@ -1,13 +1,8 @@
-"""The section of a recipe that says, for its readers, which published run it is; and what that run costs."""
+"""The section of a recipe that says, for its readers, which published run it is."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dsmim.recipe.section import Positive, Section
-
-if TYPE_CHECKING:
-    from dsmim.recipe.schema import Recipe
 
 
 class About(Section):
@@ -35,18 +30,3 @@ class About(Section):
         if not isinstance(self.expected, dict):
             return self.expected
         return ", ".join(f"{name} {value:g}" for name, value in self.expected.items())
-
-
-def gpu_hours(recipe: Recipe, tflops: float) -> float | None:
-    """Return the hours of one GPU that does `tflops` · 10¹² operations per second all the time; None if not known.
-
-    A multiply-accumulate is two operations, and forward and backward pass together cost three forward passes (arXiv
-    2001.08361). Recomputing every n-th block adds 1 / n of a forward pass. Blocks that drop path leaves out count.
-    """
-    steps = recipe.schedule.duration.steps
-    if recipe.about.gmacs is None or steps is None:  # samples of an epoch are not known here
-        return None
-    every = recipe.model.grad_checkpointing
-    forwards = 3 + (1 / every if every else 0)
-    operations = 2e9 * recipe.about.gmacs * forwards * steps * recipe.batch.global_batch
-    return operations / (tflops * 1e12) / 3600
