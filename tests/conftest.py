@@ -10,12 +10,15 @@ import sys
 import tarfile
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 from PIL import Image
+
+from tests.prefork import Piped, Server
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # a machine with GPUs runs the same tests
 ROOT = Path(__file__).parent.parent
@@ -115,24 +118,42 @@ def run(*words: object, check: bool = True, cwd: Path = ROOT, silence: float = 3
     """Run a command to its end. With check, a failure of it fails the test and shows what it printed.
 
     Kill it and fail when it prints nothing for `silence` seconds (see patience). However long it takes in all, output
-    is progress.
+    is progress. `dsmim …` is forked from a process that has imported everything (prefork.py).
     """
     command = [str(word) for word in words]
+    if command[0] == "dsmim" and server().fits(environment(**env)):
+        return _run_forked([(command[1:], environment(**env))], cwd, silence, check)
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", cwd=cwd,
         env=environment(**env), start_new_session=True,
     ) as process:  # fmt: skip
-        try:
-            stdout, stderr = _output(process, patience(silence))
-        except BaseException:
-            _kill(process.pid)
-            raise
+        return _finish(process, [process.pid], silence, check)
+
+
+@cache
+def server() -> Server:
+    """The server of prefork.py of this pytest worker."""
+    return Server(environment())
+
+
+def _run_forked(commands: list[tuple[list[str], dict[str, str]]], cwd: Path, silence: float, check: bool):
+    piped = Piped(server(), commands, cwd)
+    return _finish(piped, piped.pids, silence, check)
+
+
+def _finish(process: subprocess.Popen | Piped, pids: list[int], silence: float, check: bool):
+    try:
+        stdout, stderr = _output(process, patience(silence))
+    except BaseException:
+        for number in pids:
+            _kill(number)
+        raise
     if check and process.returncode:
-        pytest.fail(f"{words} ended with {process.returncode}:\n{stdout[-3000:]}\n{stderr[-6000:]}")
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+        pytest.fail(f"{process.args} ended with {process.returncode}:\n{stdout[-3000:]}\n{stderr[-6000:]}")
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def _output(process: subprocess.Popen, silence: float) -> tuple[str, str]:
+def _output(process: subprocess.Popen | Piped, silence: float) -> tuple[str, str]:
     """Return stdout and stderr of a process that ends, or fail once it has printed nothing for so many seconds."""
     printed, since = -1, 0.0
     while True:
@@ -170,6 +191,16 @@ def dsmim(*words: object, **options):
 def two_ranks(*words: object, **options):
     """`torchrun` with two ranks on this machine."""
     return run("torchrun", "--nproc-per-node", "2", "--master-port", str(_port()), *words, **options)
+
+
+def two_forked_ranks(*words: object, check: bool = True, cwd: Path = ROOT, silence: float = 300, **env: str):
+    """`dsmim …` on two ranks, in the environment that torchrun gives them; forked from a process that has imported
+    everything. As under torchrun, a rank that fails ends the other one."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    place |= {"TORCHELASTIC_RUN_ID": "none", "GROUP_RANK": "0"}
+    texts = [str(word) for word in words]
+    ranks = [environment(RANK=rank, LOCAL_RANK=rank, **place, **env) for rank in ("0", "1")]
+    return _run_forked([(texts, each) for each in ranks], cwd, silence, check)
 
 
 def _port() -> int:

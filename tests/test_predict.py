@@ -17,7 +17,7 @@ from dsmim.predict import predict, write_predictions
 from dsmim.shards.index import write_index
 from dsmim.tasks.per_class import PerClass
 from tests.conftest import dsmim as command
-from tests.conftest import make_shards, tiny_recipe, two_ranks, write_tar
+from tests.conftest import make_shards, tiny_recipe, two_forked_ranks, write_tar
 from tests.weights.weight_files import run_directory, scrambled
 
 NAMES = ["ant", "bee", "fly, fruit"]
@@ -114,7 +114,7 @@ def test_the_command_gives_one_table_at_any_world_size(home, tmp_path):
     write_index(shard := write_tar(tmp_path / "some.tar", [(f"{key}.png", image) for key, image in damaged.items()]))
     done = command("predict", home.run_dir, shard, "--out", tmp_path / "one.csv", "--top", "2")
     assert "13 images, 1 of them undecodable and left empty" in done.stdout and "k00003.png" in done.stderr
-    two_ranks("-m", "dsmim", "predict", home.run_dir, shard, "--out", tmp_path / "two.csv", "--top", "2")
+    two_forked_ranks("predict", home.run_dir, shard, "--out", tmp_path / "two.csv", "--top", "2")
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
     heading, *found = rows(tmp_path / "one.csv")
     assert heading == ["image", "shard", "class_1", "name_1", "probability_1", "class_2", "name_2", "probability_2"]
@@ -203,7 +203,7 @@ def test_the_confusion_matrix_at_any_world_size(home, tmp_path):
         wanted[label][answer] += 1
     for name, run in (
         ("one", lambda *words: command(*words)),
-        ("two", lambda *words: two_ranks("-m", "dsmim", *words)),
+        ("two", lambda *words: two_forked_ranks(*words)),
     ):
         out, figures = tmp_path / f"{name}.csv", tmp_path / f"{name}.json"
         done = run("evaluate", home.run_dir, "--confusion", out, "--json", figures)

@@ -56,19 +56,20 @@ def prepare(out: Path) -> dict[str, int]:
     root = image_root()
     parts = split(read_labels(root))
     if not (out / "done").exists():
-        out.mkdir(parents=True, exist_ok=True)
         for name, items in parts.items():
-            _build(name, items, root, out)
+            build(name, items, root, out, labels=name != "train")
         (out / "done").touch()
     return {name: len(items) for name, items in parts.items()}
 
 
-def _build(name: str, items: list[tuple[str, int]], root: Path, out: Path) -> None:
+def build(name: str, items: list[tuple[str, int]], root: Path, out: Path, labels: bool) -> None:
+    """Build the shards NAME-*.tar of these images in the folder `out`, with or without their labels."""
+    out.mkdir(parents=True, exist_ok=True)
     table = out / f"{name}.tsv"
     with table.open("w", newline="") as file:
         writer = csv.writer(file, delimiter="\t")
-        writer.writerow(["path"] if name == "train" else ["path", "label"])
-        writer.writerows([path] if name == "train" else [path, int(label)] for path, label in items)
+        writer.writerow(["path", "label"] if labels else ["path"])
+        writer.writerows([path, int(label)] if labels else [path] for path, label in items)
     for old in out.glob(f"{name}-*.tar*"):
         old.unlink()
     command = [Path(sys.executable).parent / "dsmim", "shards", "build", table, out, "--name", name, "--root", root]

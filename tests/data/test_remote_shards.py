@@ -15,7 +15,7 @@ from dsmim.packing.verify import verify_all
 from dsmim.recipe import Data
 from dsmim.shards.index import fingerprint
 from dsmim.shards.opening import index_all, open_shards
-from tests.conftest import dsmim, make_shards, tiny_recipe, two_ranks
+from tests.conftest import dsmim, make_shards, tiny_recipe, two_forked_ranks
 from tests.shards.servers import wait_for
 
 
@@ -48,7 +48,7 @@ def test_two_ranks_train_as_from_disk_and_download_each_shard_once(server, shard
             "index_dir": str(tmp_path / "index"),
             "cache_dir": str(tmp_path / "c"),
         }
-        two_ranks("-m", "dsmim", "train", tmp_path / f"{name}.yaml", "--run-dir", tmp_path / name)
+        two_forked_ranks("train", tmp_path / f"{name}.yaml", "--run-dir", tmp_path / name)
     assert metrics(tmp_path / "web") == metrics(tmp_path / "disk") and len(metrics(tmp_path / "web")) == 9
     assert all(server.gets[f"/train-{i:03d}.tar"] == 2 for i in range(5))
     assert len(list((tmp_path / "c").glob("*.tar"))) == 5 and not list((tmp_path / "c").glob("*.part"))

@@ -16,7 +16,7 @@ from benchmarks.kill_resume_compare import leaves, stream
 from dsmim.checkpoint import zero_shards
 from dsmim.checkpoint.reading import locate
 from dsmim.cluster.placement import free_port
-from tests.conftest import ROOT, environment, patience, tiny_recipe
+from tests.conftest import ROOT, environment, patience, server, tiny_recipe
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -61,14 +61,12 @@ def ranks(log: Path, count: int, *words: object, **env: str):
     """
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     place["LOCAL_WORLD_SIZE"] = str(count)
-    with log.open("w") as file:
+    with log.open("w") as file, Path(os.devnull).open("w") as nothing:
+        texts, streams = [str(word) for word in words], (nothing.fileno(), file.fileno())
         processes = [
-            subprocess.Popen(
-                ["dsmim", *map(str, words)], stderr=file, stdout=subprocess.DEVNULL, cwd=ROOT, start_new_session=True,
-                env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **place, **env),
-            )
+            server().start(texts, ROOT, environment(RANK=str(rank), LOCAL_RANK=str(rank), **place, **env), *streams)
             for rank in range(count)
-        ]  # fmt: skip
+        ]
     try:
         yield processes
     finally:

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from dsmim.cli.main import main
-from tests.conftest import ROOT, dsmim, tiny_recipe, two_ranks
+from tests.conftest import ROOT, dsmim, tiny_recipe, two_forked_ranks, two_ranks
 from tests.distributed.runs import assert_same_bytes, metrics, write_recipe
 
 BEFORE_THE_PACKAGES = "888806cf72a340da69c5c78831751b0b5041e9e3"
@@ -47,7 +47,7 @@ def resumed_at_step_4(old_run, copy):
 
 def test_it_resumes_to_the_same_bytes(old_run, tmp_path):
     words = resumed_at_step_4(old_run, tmp_path / "run")
-    done = two_ranks("-m", "dsmim", *words)
+    done = two_forked_ranks(*words)
     assert "resumed from" in done.stderr and "step_00000004" in done.stderr
     last = "checkpoints/step_00000006"
     assert_same_bytes(old_run / "run" / last, tmp_path / "run" / last)

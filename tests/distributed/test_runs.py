@@ -14,7 +14,17 @@ from dsmim.checkpoint.reading import locate
 from dsmim.cluster.placement import free_port
 from dsmim.health import replay
 from dsmim.library import load
-from tests.conftest import ROOT, dsmim, environment, make_shards, patience, run, tiny_recipe, two_ranks
+from tests.conftest import (
+    ROOT,
+    dsmim,
+    environment,
+    make_shards,
+    patience,
+    run,
+    tiny_recipe,
+    two_forked_ranks,
+    two_ranks,
+)
 from tests.distributed.runs import (
     assert_same_bytes,
     kill_after_checkpoint,
@@ -46,8 +56,8 @@ def test_a_run_goes_on_by_other_numbers_of_ranks_and_stages(tmp_path, shards):
     """2 ranks at ZeRO-3, then 1 at stage 0, then 2 at stage 0, then 4 at stage 2."""
     model = tiny_recipe(shards)["model"] | {"drop_path_rate": 0.4, "drop_path_rates": "uniform"}
     recipe = write_recipe(tmp_path, shards, model=model, schedule={"duration": {"steps": 8}, "warmup": {"steps": 1}})
-    command = ("-m", "dsmim", "train", recipe, "optim.ema_decay=0.9", "--run-dir")
-    two_ranks(*command, tmp_path / "straight")
+    command = ("train", recipe, "optim.ema_decay=0.9", "--run-dir")
+    two_forked_ranks(*command, tmp_path / "straight")
     run_dir, log = tmp_path / "resized", tmp_path / "log"
     for count, stage, step in ((2, 3, 2), (1, 0, 4), (2, 0, 6), (4, 2, 8)):
         words = ("optim.ema_decay=0.9", "--run-dir", run_dir, f"engine.deepspeed=zero{stage}")
@@ -81,7 +91,7 @@ def finished(tmp_path_factory, shards) -> tuple[Path, Path]:
         "optim": {"lr": 1e-3, "clip_grad": None},
     }
     recipe = write_recipe(folder, shards, **changes)
-    two_ranks("-m", "dsmim", "train", recipe, "--run-dir", folder / "run")
+    two_forked_ranks("train", recipe, "--run-dir", folder / "run")
     return recipe, folder / "run"
 
 
@@ -89,7 +99,7 @@ def test_evaluation_is_exact_at_any_world_size_and_launcher(finished):
     _, run_dir = finished
     alone = json.loads(dsmim("evaluate", run_dir).stdout)
     assert alone["samples"] == 13
-    torchrun = two_ranks("-m", "dsmim", "evaluate", run_dir, "batch.eval_batch=4")
+    torchrun = two_forked_ranks("evaluate", run_dir, "batch.eval_batch=4")
     mpirun = run(
         "mpirun", "--allow-run-as-root", "--oversubscribe", "-n", 3, "python", "-m", "dsmim", "evaluate", run_dir
     )
@@ -119,7 +129,7 @@ def test_export_gives_timm_equal_logits(finished, tmp_path):
 
 def test_a_finished_run_and_a_changed_recipe(finished):
     recipe, run_dir = finished
-    done = two_ranks("-m", "dsmim", "train", recipe, "--run-dir", run_dir)
+    done = two_forked_ranks("train", recipe, "--run-dir", run_dir)
     assert "complete at step 6 of 6" in done.stderr
     changed = dsmim("train", recipe, "--run-dir", run_dir, "optim.lr=2e-3", "data.workers=3", check=False)
     assert changed.returncode == 1 and "optim.lr: 0.001 → 0.002" in changed.stderr and "--fork" in changed.stderr
@@ -204,15 +214,15 @@ def test_the_best_validation_is_saved_and_kept(tmp_path, shards):
 
 def test_the_clock_saves_on_all_ranks_at_once(tmp_path, shards):
     recipe = write_recipe(tmp_path, shards, checkpoint={"every": {"steps": 3}, "keep": 9})
-    two_ranks("-m", "dsmim", "train", recipe, "--run-dir", tmp_path / "steps")
-    clock = ("-m", "dsmim", "train", recipe, "checkpoint={every: {minutes: 1.0e-6}, keep: 9}", "--run-dir")
-    two_ranks(*clock, tmp_path / "clock")
+    two_forked_ranks("train", recipe, "--run-dir", tmp_path / "steps")
+    clock = ("train", recipe, "checkpoint={every: {minutes: 1.0e-6}, keep: 9}", "--run-dir")
+    two_forked_ranks(*clock, tmp_path / "clock")
     kept = sorted(path.name for path in (tmp_path / "clock/checkpoints").glob("step_*"))
     assert kept == [f"step_{step:08d}" for step in range(1, 7)]
     assert_same_bytes(*(tmp_path / name / "checkpoints/step_00000006" for name in ("steps", "clock")))
     for step in (5, 6):
         shutil.rmtree(tmp_path / f"clock/checkpoints/step_{step:08d}")
-    done = two_ranks(*clock, tmp_path / "clock")
+    done = two_forked_ranks(*clock, tmp_path / "clock")
     assert "resumed from" in done.stderr and "checkpoint step_00000004" not in done.stderr  # it is there already
     assert_same_bytes(*(tmp_path / name / "checkpoints/step_00000006" for name in ("steps", "clock")))
 
@@ -228,7 +238,7 @@ def test_the_clock_saves_on_all_ranks_at_once(tmp_path, shards):
 )
 def test_errors_common_to_all_ranks_are_told_once(tmp_path, shards, override, message):
     recipe = write_recipe(tmp_path, shards)
-    done = two_ranks("-m", "dsmim", "train", recipe, "--run-dir", tmp_path / "run", override, check=False)
+    done = two_forked_ranks("train", recipe, "--run-dir", tmp_path / "run", override, check=False)
     assert done.returncode != 0
     assert done.stderr.count(message) == 1, done.stderr
     assert "dsmim: error:" in done.stderr and 'File "' not in done.stderr.split("dsmim: error:")[0]
@@ -276,10 +286,8 @@ def test_relative_shards_are_found_from_another_folder(tmp_path, shards, monkeyp
 
 def test_a_fork_that_changes_the_model_is_refused_by_key(finished, tmp_path):
     recipe, run_dir = finished
-    changed = two_ranks(
-        "-m", "dsmim", "train", recipe, "--run-dir", run_dir, "--fork", "task.num_classes=5", "optim.no_decay=[]",
-        check=False,
-    )  # fmt: skip
+    fork = ("--fork", "task.num_classes=5", "optim.no_decay=[]")
+    changed = two_forked_ranks("train", recipe, "--run-dir", run_dir, *fork, check=False)
     assert "step_00000006: its weights do not fit the model" in changed.stderr
     keys, tensors = "  task.num_classes: 3 → 5", "  head.fc.weight: has shape [3, 256], here [5, 256]"
     assert f"{keys}\nTensors that do not fit:\n{tensors}" in changed.stderr

@@ -10,7 +10,7 @@ import pytest
 
 from dsmim.shards.index import describe_tar, write_sidecar
 from dsmim.shards.sidecar import index_file
-from tests.conftest import dsmim, make_shards, patience, two_ranks
+from tests.conftest import dsmim, make_shards, patience, two_forked_ranks
 from tests.distributed.runs import assert_same_bytes, metrics, ranks, wait_for, write_recipe
 
 
@@ -25,7 +25,7 @@ def test_stopped_twice_and_resumed_equals_uninterrupted(tmp_path, shards):
         schedule={"duration": {"steps": 30}, "warmup": {"steps": 1}}, validation={"every": {"steps": 10}},
         checkpoint={"every": {"steps": 8}, "keep": 1, "keep_every": {"steps": 24}},
     )  # fmt: skip
-    two_ranks("-m", "dsmim", "train", recipe, "--run-dir", tmp_path / "straight")
+    two_forked_ranks("train", recipe, "--run-dir", tmp_path / "straight")
     stopped = tmp_path / "stopped"
     command = ("train", recipe, "--run-dir", stopped, "checkpoint.background=true", "data.workers=1")
     log = tmp_path / "log"

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from dsmim.recipe import Recipe
-from dsmim.recipe.about import gpu_hours
+from dsmim.recipe.cost import gpu_hours
 from dsmim.recipe.errors import RecipeError, keys_of
 from dsmim.recipe.explain import explained
 from dsmim.recipe.reading import differences, load_recipe, parse_recipe
