@@ -89,9 +89,9 @@ def residual(x: torch.Tensor, *branches: tuple[DropPath, Branch]) -> torch.Tenso
     return out
 
 
-# torch's own index_select and index_add save the rows for the backward pass. If a block is recomputed, reading them
-# starts that, at another place than on a rank that keeps all samples, and ZeRO-3's all-gathers no longer match. So these
-# two save no tensor.
+# torch's own index_select and index_add save the rows for the backward pass. Where a block is recomputed, reading them
+# would start that, at another place than on a rank that keeps all samples, and ZeRO-3's all-gathers would not match. So
+# these two save no tensor.
 class _Take(torch.autograd.Function):
     """Rows of x."""
 
