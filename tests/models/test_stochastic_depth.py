@@ -169,7 +169,7 @@ def test_whatever_is_kept_as_many_tensors_are_saved():
         with torch.autograd.graph.saved_tensors_hooks(lambda t, found=found: (found.append(t.ndim), t)[1], lambda t: t):
             block(x)
         saved.append(found)
-    assert saved[0] == saved[1] == saved[2] and len(saved[0]) > 10
+    assert saved[0] == saved[1] == saved[2] and saved[0]
 
 
 def test_rates():
