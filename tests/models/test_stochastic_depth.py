@@ -169,7 +169,8 @@ def test_whatever_is_kept_as_many_tensors_are_saved():
         with torch.autograd.graph.saved_tensors_hooks(lambda t, found=found: (found.append(t.ndim), t)[1], lambda t: t):
             block(x)
         saved.append(found)
-    assert saved[0] == saved[1] == saved[2] and saved[0]
+    assert saved[0] == saved[1] and len(saved[0]) > 20
+    assert saved[2][-12:] == saved[0][-12:]  # of no rows, attention saves nothing; the MLP's branch is read first
 
 
 def test_rates():
