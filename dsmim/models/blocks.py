@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint
 
 from dsmim.models.stochastic_depth import DropPath
 
@@ -76,10 +76,7 @@ def run(blocks: Iterable[nn.Module], x: torch.Tensor, recompute: Recompute, firs
     """Return x after these blocks. The first of them is block number `first` of the network."""
     for number, block in enumerate(blocks, first):
         if torch.is_grad_enabled() and recompute(number, stage):
-            # To its end: ZeRO-3 frees weights after each module. If a rank stopped before, at the last tensor that its
-            # backward pass needs (which depends on the samples it drops), its all-gathers would differ from others'.
-            with set_checkpoint_early_stop(False):
-                x = checkpoint(block, x, use_reentrant=False)
+            x = checkpoint(block, x, use_reentrant=False)
         else:
             x = block(x)
     return x

@@ -83,10 +83,39 @@ def residual(x: torch.Tensor, *branches: tuple[DropPath, Branch]) -> torch.Tenso
         elif kept.rows is None:
             out = torch.add(out, branch(x), alpha=kept.scale)
         else:
-            added = branch(x.index_select(0, kept.rows))
+            added = branch(_Take.apply(x, kept.rows))
             dtype = torch.promote_types(out.dtype, added.dtype)  # under autocast the branch may be bfloat16
-            out = out.to(dtype).index_add(0, kept.rows, added.to(dtype), alpha=kept.scale)
+            out = _Add.apply(out.to(dtype), added.to(dtype), kept)
     return out
+
+
+# torch's own index_select and index_add save the rows for the backward pass. Where a block is recomputed, reading them
+# would start that, at another place than on a rank that keeps all samples, and ZeRO-3's all-gathers would not match. So
+# these two save no tensor.
+class _Take(torch.autograd.Function):
+    """Rows of x."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        ctx.rows, ctx.samples = rows, len(x)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad.new_zeros(ctx.samples, *grad.shape[1:]).index_add_(0, ctx.rows, grad), None
+
+
+class _Add(torch.autograd.Function):
+    """x, with scaled rows added."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, added: torch.Tensor, kept: Kept) -> torch.Tensor:
+        ctx.kept = kept
+        return x.index_add(0, kept.rows, added, alpha=kept.scale)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return grad, grad.index_select(0, ctx.kept.rows).mul_(ctx.kept.scale), None
 
 
 class MultipliedDropPath(TimmDropPath):

@@ -12,7 +12,7 @@ from timm.layers import DropPath as TimmDropPath
 from torch import nn
 
 from dsmim.models import PositionDraws, Recompute, compile_blocks, create_model, set_recompute, stochastic_depth
-from dsmim.models.stochastic_depth import DropPath, MultipliedDropPath
+from dsmim.models.stochastic_depth import DropPath, Kept, MultipliedDropPath
 from tests.models.networks import gradients, perturbed
 
 KEY, BATCH = 12345, 16
@@ -156,6 +156,21 @@ def test_half_of_the_branch_is_computed():
     with draws.at(range(8)):
         model(torch.randn(8, 3, 64, 64))
     assert rows == draws.mask(np.arange(8)).sum(1).tolist() and sum(rows) < 8 * len(rows)
+
+
+def test_whatever_is_kept_as_many_tensors_are_saved():
+    """Reading a saved tensor starts a recomputation: ranks that keep different samples must do so at the same place."""
+    block = network("vit").blocks[0]
+    x, saved = torch.randn(4, 17, 96, requires_grad=True), []
+    for rows in (None, [0, 2], []):
+        for drop_path in (block.drop_path1, block.drop_path2):
+            drop_path.receive(Kept(4, rows if rows is None else torch.tensor(rows, dtype=torch.long), 2.5))
+        found = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, found=found: (found.append(t.ndim), t)[1], lambda t: t):
+            block(x)
+        saved.append(found)
+    assert saved[0] == saved[1] and len(saved[0]) > 20
+    assert saved[2][-12:] == saved[0][-12:]  # of no rows, attention saves nothing; the MLP's branch is read first
 
 
 def test_rates():
