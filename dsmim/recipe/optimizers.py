@@ -27,8 +27,8 @@ class Measured(NamedTuple):
     """Its own; None: it takes none, or they are no plain numbers (then optim.options has them)."""
     eps: float | None
     errors: tuple[float | None, ...]
-    """|weights - those of a plain loop| / |the loop's update|, at ZeRO stages 0, 1, 2 and 3. None: it fails there, or at
-    stage 0, where DeepSpeed hands an optimizer whole tensors, it was not measured."""
+    """|weights - those of a plain loop| / |the loop's update|, at ZeRO stages 0, 1, 2 and 3. None: it fails there; at
+    stage 0, where DeepSpeed hands an optimizer whole tensors, also: not measured."""
     failure: str = ""
     """What it fails with."""
 
