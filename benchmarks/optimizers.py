@@ -25,7 +25,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 
 from benchmarks.exactness import DECAY, Build, Weights, deepspeed_run, launch, plain_run, preload, relative_error
 from dsmim.engine.runtime import Runtime
-from dsmim.recipe.optimizers import BEGIN, END, TIMM, markdown
+from dsmim.recipe.optimizers import BEGIN, END, EXACT, TIMM, Measured, markdown
 
 STEPS, RATE, STAGES = 6, 1e-3, (0, 1, 2, 3)
 QUICK = ("adamw", "lion", "lamb", "adagrad")
@@ -116,18 +116,19 @@ def main() -> None:
     import deepspeed
 
     versions = {"deepspeed": deepspeed.__version__, "torch": torch.__version__, "timm": timm.__version__}
-    different = [name for name in names if name in TIMM and _differs(TIMM[name].errors, found[name])]
+    different = [name for name in names if name in TIMM and _differs(TIMM[name], found[name])]
     print(json.dumps({"versions": versions, "errors": found, "differs_from_table": different}))
 
 
-def _differs(table: tuple[float | None, ...], found: dict[str, Any]) -> bool:
-    """Return whether a figure is another one than dsmim goes by: twice as large or half, and not both rounding."""
+def _differs(known: Measured, found: dict[str, Any]) -> bool:
+    """Return whether a figure is another one than dsmim goes by: it fails or does not, or it is no rounding and twice
+    as large or half."""
     for stage, value in found.items():
-        known = table[int(stage)]
-        if isinstance(value, str) or known is None:
-            if isinstance(value, str) != (known is None):
+        before = known.errors[int(stage)]
+        if isinstance(value, str) or (before is None and known.failure):
+            if isinstance(value, str) != bool(known.failure):
                 return True
-        elif max(value, known) > 1e-5 and not known / 2 < value < known * 2:
+        elif before is not None and max(value, before) > EXACT and not before / 2 < value < before * 2:
             return True
     return False
 

@@ -53,7 +53,7 @@ def test_moments_stay_with_their_parameters(tmp_path, shards, stage):
     assert orders[0]["optimizer_parameters"] == orders[1]["optimizer_parameters"]
     old = json.loads((tmp_path / "resumed/checkpoints/step_00000002/state.json").read_text())
     assert old["optimizer_parameters"] != orders[0]["optimizer_parameters"]
-    assert "resumed from" in printed.stdout + printed.stderr and resumed.steps == whole.steps
+    assert "resumed from" in printed.stdout + printed.stderr and resumed.scalars == whole.scalars
     for name in whole.names:
         for key in ("fp32", "exp_avg", "exp_avg_sq"):
             found, expected = resumed.tensor(name, key), whole.tensor(name, key)

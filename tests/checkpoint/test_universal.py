@@ -30,7 +30,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         read_module(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"files": {}}', '{"format": 2, "parameters": {}}'])
+@pytest.mark.parametrize("text", ["", "[]", '{"files": {}}', '{"format": 1, "parameters": {}}'])
 def test_another_manifest_is_refused(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match="is not a universal checkpoint"):

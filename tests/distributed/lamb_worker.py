@@ -20,9 +20,9 @@ from dsmim.engine.runtime import Runtime
 from tests.distributed.elastic_worker import DEEPSPEED, build, train
 
 TRAINED = [
-    *(Case(1, zero) for zero in ("0", "1")),
-    *(Case(2, zero) for zero in ("0", "1", "2", "3", "1-offload", "3-offload")),
-    *(Case(3, zero) for zero in ("0", "1", "2", "3")),
+    Case(1, "0"),
+    *(Case(2, zero) for zero in ("0", "1", "2", "3", "3-offload")),
+    *(Case(3, zero) for zero in ("1", "2", "3")),
     Case(2, "3", precision="bf16"),
 ]
 # From every number of ranks and every stage; on 2 ranks also as they were saved, and forked.

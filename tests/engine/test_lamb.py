@@ -128,7 +128,7 @@ def test_another_layout_of_deepspeed_is_an_error(changes, found):
 @pytest.mark.parametrize(
     ("optim", "zero", "message"),
     [
-        ({"name": "timm:muon"}, {"stage": 3}, r"timm:muon at ZeRO stage 3 is another optimizer: .* 2\.?\d*e\+02 % off"),
+        ({"name": "timm:muon"}, {"stage": 3}, r"timm:muon at ZeRO stage 3 is another optimizer: .* 2\d\d % off"),
         ({"name": "timm:lambc"}, {"stage": 1}, "take optim.name=lamb"),
         ({"name": "timm:adan"}, {"stage": 3}, "another optimizer"),
         ({"name": "timm:adahessian"}, {}, r"timm:adahessian fails at ZeRO stage 0 \(\w+Error"),
