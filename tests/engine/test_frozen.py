@@ -98,7 +98,7 @@ def test_frozen_running_statistics_are_the_same_on_every_rank(monkeypatch):
 
 def test_a_network_without_classifier_cannot_be_probed():
     with pytest.raises(ValueError, match=r"model\.trainable: this network has no classifier that could learn"):
-        freeze_all_but_classifier(create_model("swinv2_nano", "meta", img_size=32, num_classes=0))
+        freeze_all_but_classifier(create_model(device="meta", num_classes=0, **SWIN))
 
 
 @pytest.mark.parametrize(
