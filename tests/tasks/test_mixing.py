@@ -90,4 +90,4 @@ def test_repeated_augmentation_never_mixes_an_image_with_its_copy(micro):
         own = torch.eye(13)[[draw.sample for draw in draws]]
         targets = mix(torch.zeros(micro, 1, 2, 2), own, torch.arange(first, first + micro), settings(cutmix=0), 0)[1]
         one_pass = torch.tensor([a.epoch == draws[place ^ 1].epoch for place, a in enumerate(draws)])
-        assert ((targets > 0).sum(dim=1) == 2)[one_pass].all() and one_pass.sum() >= micro - 2
+        assert ((targets > 0).sum(dim=1) == 2)[one_pass].all() and one_pass.sum() >= micro // 2
