@@ -158,19 +158,40 @@ def test_half_of_the_branch_is_computed():
     assert rows == draws.mask(np.arange(8)).sum(1).tolist() and sum(rows) < 8 * len(rows)
 
 
-def test_whatever_is_kept_as_many_tensors_are_saved():
-    """Reading a saved tensor starts a recomputation: ranks that keep different samples must do so at the same place."""
-    block = network("vit").blocks[0]
-    x, saved = torch.randn(4, 17, 96, requires_grad=True), []
-    for rows in (None, [0, 2], []):
-        for drop_path in (block.drop_path1, block.drop_path2):
-            drop_path.receive(Kept(4, rows if rows is None else torch.tensor(rows, dtype=torch.long), 2.5))
-        found = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, found=found: (found.append(t.ndim), t)[1], lambda t: t):
-            block(x)
-        saved.append(found)
-    assert saved[0] == saved[1] and len(saved[0]) > 20
-    assert saved[2][-12:] == saved[0][-12:]  # of no rows, attention saves nothing; the MLP's branch is read first
+class Noted(torch.autograd.Function):
+    """As ZeRO-3's hooks: calls a function before the backward pass of the module whose output it gets."""
+
+    @staticmethod
+    def forward(ctx, x, note):
+        ctx.note = note
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.note()
+        return grad, None
+
+
+@pytest.mark.parametrize("recompute", [0, 1])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_modules_run_in_the_same_order_whatever_is_kept(kind, recompute):
+    """Forward, recomputation and backward: at ZeRO stage 3 every rank gathers each module's weights in this order."""
+    model, seen = network(kind), []
+    set_recompute(model, Recompute(recompute))
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: seen.append(name))
+        module.register_forward_hook(
+            lambda module, inputs, output, name=name: Noted.apply(output, partial(seen.append, f"{name} backward"))
+        )
+    draws, orders = PositionDraws(model, KEY, BATCH), []
+    for rows in (range(3), [0, 2], [], [1]):
+        kept = None if len(rows) == 3 else torch.tensor(rows, dtype=torch.long)
+        for number, module in enumerate(draws.modules):
+            module.receive(Kept(3, kept if number % 2 else torch.tensor([1]), 2.5))
+        seen.clear()
+        model(torch.randn(3, 3, 64, 64)).sum().backward()
+        orders.append(list(seen))
+    assert orders[0] == orders[1] == orders[2] == orders[3] and len(orders[0]) > 20
 
 
 def test_rates():
