@@ -84,10 +84,12 @@ def test_the_switch_chooses_per_draw(switch):
 def test_repeated_augmentation_never_mixes_an_image_with_its_copy(micro):
     """Two passes over windows of 6, 2, 4 and 1 samples, three times each. Where a pair belongs to both passes, the two
     may be one image by chance, as without repeats."""
-    order = Order([6, 2, 4, 1], seed=1, window=1, repeats=3, global_batch=24)
+    order, checked = Order([6, 2, 4, 1], seed=1, window=1, repeats=3, global_batch=24), 0
     for first in range(0, 72, micro):
         draws = [order[position] for position in range(first, first + micro)]
         own = torch.eye(13)[[draw.sample for draw in draws]]
         targets = mix(torch.zeros(micro, 1, 2, 2), own, torch.arange(first, first + micro), settings(cutmix=0), 0)[1]
         one_pass = torch.tensor([a.epoch == draws[place ^ 1].epoch for place, a in enumerate(draws)])
-        assert ((targets > 0).sum(dim=1) == 2)[one_pass].all() and one_pass.sum() >= micro // 2
+        assert ((targets > 0).sum(dim=1) == 2)[one_pass].all()
+        checked += int(one_pass.sum())
+    assert checked >= 72 - 2 * 3  # the passes meet once in each of the three turns
