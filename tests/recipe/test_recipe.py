@@ -236,6 +236,22 @@ CLASSIFY = {"name": "classify", "num_classes": 3}
             "simmim measures loss, no 'accuracy'",
         ),
         (
+            {"checkpoint": {"keep_best": {"metric": "loss", "mode": "max"}}},
+            "loss is better when it is small; set checkpoint.keep_best.mode=min",
+        ),
+        (
+            {"task": CLASSIFY, "checkpoint": {"keep_best": {"metric": "accuracy", "mode": "min"}}},
+            "accuracy is better when it is large; set checkpoint.keep_best.mode=max",
+        ),
+        (
+            {
+                "checkpoint": {"keep_best": {"metric": "ema_loss", "mode": "max"}},
+                "optim": {"ema_decay": 0.9},
+                "validation": {"ema": True},
+            },
+            "ema_loss is better when it is small",
+        ),
+        (
             {"data": {"val": None}, "checkpoint": {"keep_best": {"metric": "loss", "mode": "min"}}},
             "checkpoint.keep_best: needs a validation",
         ),
