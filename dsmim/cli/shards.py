@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from dsmim.cli.words import command, count, home_path, quality, share, splits
+from dsmim.cli.words import command, count, home_path, image_key, quality, share, splits
 from dsmim.shards.cores import cores
 
 
@@ -91,7 +91,10 @@ def _add_index(commands) -> None:
         "and written to classes.json beside the indexes)",
     )
     index.add_argument(
-        "--image-key", metavar="EXTENSION", help="the member that is the image, if a sample has several: KEY.EXTENSION"
+        "--image-key",
+        type=image_key,
+        metavar="EXTENSION",
+        help="the member that is the image, if a sample has several: KEY.EXTENSION",
     )
     _add_patterns(index)
 
@@ -190,7 +193,7 @@ def _index(options) -> None:
 
     form = SampleFormat(
         options.labels and checked_spec(options.labels),
-        options.image_key and options.image_key.lstrip(".").lower(),
+        options.image_key,
         options.classes and read_names(options.classes),
     )
     done = index_all(options.shards, options.index_dir, options.workers, options.force, options.allow_pipe, form)

@@ -79,6 +79,8 @@ def test_all_problems_at_once_with_the_nearest_key(tmp_path):
         (("data", "augment"), {"crop_scale": [1.0, 0.5]}, "crop_scale must go from small to large"),
         (("data", "augment"), {"rand_augment": "foo"}, "data.augment.rand_augment: string should match"),
         (("optim", "lr"), float("inf"), "optim.lr: input should be a finite number"),
+        (("data", "image_key"), "a/b.jpg", "data.image_key: give the extension of a member, such as jpg"),
+        (("data", "image_key"), ".", "data.image_key: give the extension of a member, such as jpg"),
         (("data", "workers"), "many", "data.workers: input should be a valid integer"),
         (
             ("schedule", "duration"),
@@ -340,6 +342,12 @@ def test_overrides(tmp_path):
         load_recipe(str(file), ["optim.lr"])
     with pytest.raises(RecipeError, match="is a value, not a section"):
         load_recipe(str(file), ["name.x=1"])
+
+
+def test_an_image_key_may_have_its_dot(tmp_path):
+    tree = tiny_recipe(tmp_path)
+    keys = [stored_recipe(tree, "t", [f"data.image_key={text}"]).data.image_key for text in (".jpg", "JPG", ".Seg.png")]
+    assert keys == ["jpg", "jpg", "seg.png"]
 
 
 def test_differences_leave_out_what_changes_speed_only(tmp_path):
