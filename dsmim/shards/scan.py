@@ -108,7 +108,8 @@ def _of_dots(members: list[_Member]) -> str:
     better = f"{file.partition('.')[0]}_{stem.replace('.', '_')}.{member.extension.rpartition('.')[2]}"
     return (
         f". A key ends at the first dot of a file's name, so {file} is the member .{member.extension} of a sample; if "
-        f"it is an image of its own, the name must have no other dot (such as {better}), as dsmim shards build writes it"
+        f"it is an image of its own, write the tar again with names that have no other dot (such as {better}), as "
+        "dsmim shards build does with a folder"
     )
 
 
