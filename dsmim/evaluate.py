@@ -135,10 +135,14 @@ def validate(
 
 
 def evaluation_batches(
-    model: Any, data: EvalDataset, recipe: Recipe, runtime: Runtime, interrupt: Interrupt
-) -> Iterator[Batch | None]:
+    model: Any, data: EvalDataset, recipe: Recipe, runtime: Runtime, interrupt: Interrupt,
+    fate: str = "left out of the evaluation",
+) -> Iterator[Batch | None]:  # fmt: skip
     """Yield this rank's batches, on its device, with the model in evaluation mode. Collective: ranks get equally many,
-    and each sample has weight 1 on exactly one rank. When a rank was asked to stop, yield None and end."""
+    and each sample has weight 1 on exactly one rank. When a rank was asked to stop, yield None and end.
+
+    fate: what becomes of an undecodable image, for the message about it.
+    """
     model.eval()
     pin = runtime.device.type == "cuda"
     workers = min(recipe.data.workers, 4)
@@ -152,7 +156,7 @@ def evaluation_batches(
             yield None
             return
         for fault in batch["undecodable"]:
-            print(f"undecodable image left out of the evaluation: {fault}", file=sys.stderr, flush=True)
+            print(f"undecodable image {fate}: {fault}", file=sys.stderr, flush=True)
         yield to_device(batch, runtime.device)
 
 

@@ -105,7 +105,8 @@ def _in_order(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield numbers (B,) and features (B, D), fp32 in host memory, batch after batch in the order of the set, on every
     rank. Undecodable images are left out. Collective."""
-    for batch in evaluation_batches(network, samples.images, trained.recipe, runtime, Interrupt()):
+    batches = evaluation_batches(network, samples.images, trained.recipe, runtime, Interrupt(), "left out")
+    for batch in batches:
         with torch.no_grad():
             features = network(trained.task.normalise(batch["image"])).float()
         seen = batch["weight"] > 0  # neither padding nor undecodable

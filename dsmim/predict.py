@@ -70,16 +70,23 @@ def predict(
 
 @torch.no_grad()
 def _most_probable(trained: Trained, top: int, runtime: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return classes and probabilities, (N, top) each. Collective."""
+    """Return classes and probabilities, (N, top) each. Collective. Raises Stopped when no image can be decoded."""
     classes = torch.full((len(trained.data), top), -1)
     probabilities = torch.full((len(trained.data), top), torch.nan, dtype=torch.float64)
     own = []
-    for batch in evaluation_batches(trained.model, trained.data, trained.recipe, runtime, Interrupt()):
+    fate = "without a prediction (its row stays empty)"
+    for batch in evaluation_batches(trained.model, trained.data, trained.recipe, runtime, Interrupt(), fate):
         found = trained.task.logits(trained.model, batch).double().softmax(dim=-1).topk(top)  # two tensors (B, top)
         seen = batch["weight"] > 0  # neither padding nor undecodable
         own.append([tensor[seen].cpu() for tensor in (batch["number"], found.indices, found.values)])
     for numbers, indices, values in (part for parts in runtime.gather(own) for part in parts):
         classes[numbers], probabilities[numbers] = indices, values
+    with runtime.all_or_none():
+        if (classes < 0).all():
+            raise ValueError(
+                f"none of the {len(classes)} images can be decoded (the faults are named above), so there is nothing "
+                "to predict; give other images"
+            )
     return classes, probabilities
 
 

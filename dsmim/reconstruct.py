@@ -83,6 +83,11 @@ def check_output(out: Path) -> None:
 def _open(inputs: list[str], recipe: Recipe, task: Task) -> EvalDataset:
     if inputs:
         return open_images(inputs, recipe.data, task.eval_sample)
+    if recipe.data.val is None:
+        raise ValueError(
+            "data.val: missing, the run has no validation images; give images, folders or shards after the run, or "
+            "data.val=…"
+        )
     return EvalDataset(open_reader(recipe.data, validation_shards(recipe.data), window=1), task.eval_sample, None)
 
 

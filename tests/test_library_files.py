@@ -142,7 +142,7 @@ def test_the_normalisation_of_a_file_can_be_given(tmp_path):
     assert (chosen.mean, chosen.std) == ((0.5, 0.5, 0.5), (0.1, 0.2, 0.3))
     for given, message in (
         ({"mean": (0.5, 0.5)}, "data.mean: has 2 numbers; give model.in_chans=3, or one for all channels"),
-        ({"std": 58}, r"std\[0\]: input should be less than or equal to 1 \(given: 58\)"),
+        ({"std": 58}, r"std\[0\]: pixels are on a scale from 0 to 1 here; divide by 255 \(given: 58\)"),
     ):
         with pytest.raises(ValueError, match=message):
             dsmim.load(path, **SWIN, **given)

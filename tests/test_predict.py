@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -113,7 +114,8 @@ def test_the_command_gives_one_table_at_any_world_size(home, tmp_path):
     damaged = {**home.images, "k00003": b"damaged"}
     write_index(shard := write_tar(tmp_path / "some.tar", [(f"{key}.png", image) for key, image in damaged.items()]))
     done = command("predict", home.run_dir, shard, "--out", tmp_path / "one.csv", "--top", "2")
-    assert "13 images, 1 of them undecodable and left empty" in done.stdout and "k00003.png" in done.stderr
+    assert "13 images, 1 of them undecodable and left empty" in done.stdout
+    assert re.search(r"undecodable image without a prediction \(its row stays empty\): .*k00003\.png", done.stderr)
     two_forked_ranks("predict", home.run_dir, shard, "--out", tmp_path / "two.csv", "--top", "2")
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
     heading, *found = rows(tmp_path / "one.csv")
@@ -156,6 +158,13 @@ def test_errors(home, tmp_path, given, message):
     with pytest.raises(ValueError) as caught:
         predict(home.run_dir, inputs, given.get("overrides", []), names=tmp_path / "names.json" if names else None)
     assert message in str(caught.value)
+
+
+def test_no_image_that_can_be_decoded_is_an_error(home, tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"damage")
+    with pytest.raises(ValueError, match="none of the 2 images can be decoded"):
+        predict(home.run_dir, [str(tmp_path)], [])
 
 
 def test_a_run_without_classes(home, tmp_path):

@@ -138,7 +138,7 @@ def test_a_page(home, tmp_path, capsys):
         (["--out", "a.jpg"], "--out a.jpg: the suffix decides the kind of file; it must be .png or .html"),
         (["--out", "{tmp}/a.png", "{tmp}/broken.png"], "a.png: no image could be decoded, so there is nothing to draw"),
         (["--out", "a.png", "nothing.png"], "no image found: nothing.png"),
-        (["--out", "a.png", "data.val=null"], "data.val: missing"),
+        (["--out", "a.png", "data.val=null"], "data.val: missing, the run has no validation images; give images"),
     ],
 )
 def test_errors(home, tmp_path, capsys, words, message):

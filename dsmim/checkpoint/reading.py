@@ -133,6 +133,8 @@ def locate(path: Path) -> Path:
         if fault := check_files(path):
             raise ValueError(f"{path}: {fault}")
         return path
+    if not path.is_dir():
+        raise ValueError(f"{path}: {_no_folder(path)}; give a run directory, or one of its checkpoints")
     folder = path if path.name == "checkpoints" else path / "checkpoints"
     faults = []
     for checkpoint in candidates(folder):
@@ -141,6 +143,12 @@ def locate(path: Path) -> Path:
             return checkpoint
         faults.append(f"{checkpoint.name}: {fault}")
     raise ValueError(f"{path}: holds no valid checkpoint" + "".join(f"\n  {fault}" for fault in faults))
+
+
+def _no_folder(path: Path) -> str:
+    if not path.exists():
+        return "no such file or directory"
+    return "is a file, and a file of weights is not enough here (in Python dsmim.load reads what `dsmim export` wrote)"
 
 
 def check_files(checkpoint: Path, rank: int = 0, world_size: int = 1) -> str | None:

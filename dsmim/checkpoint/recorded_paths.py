@@ -5,7 +5,6 @@ state.json records the folder where the run was started.
 
 from __future__ import annotations
 
-import glob
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from braceexpand import braceexpand
 
 from dsmim.recipe import Recipe
 from dsmim.shards.remote import is_remote
+from dsmim.shards.walk import matching
 
 STARTED_IN = "started_in"
 """Key of state.json: the folder where the run was started first."""
@@ -47,4 +47,4 @@ def _found(paths: str | list[str], folder: str) -> str | list[str]:
 
 
 def _exists(pattern: str) -> bool:
-    return any(glob.glob(text, recursive=True) for text in braceexpand(pattern))  # noqa: PTH207 - as expand does
+    return any(matching(text) for text in braceexpand(pattern))

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from dsmim.cli.words import command, count, home_path, quality, share, splits
+from dsmim.cli.words import command, count, home_path, image_key, quality, share, splits
 from dsmim.shards.cores import cores
 
 
@@ -57,6 +57,13 @@ def _add_build(commands) -> None:
     )
     build.add_argument("--skip-undecodable", action="store_true", help="leave out images that cannot be decoded")
     build.add_argument(
+        "--max-pixels",
+        type=count,
+        metavar="N",
+        help="with --short-side or --skip-undecodable: an image with more pixels counts as undecodable (default: "
+        "178956970)",
+    )
+    build.add_argument(
         "--keys", type=home_path, metavar="LIST", help="take only the samples whose keys are in this file"
     )
     build.add_argument(
@@ -91,7 +98,10 @@ def _add_index(commands) -> None:
         "and written to classes.json beside the indexes)",
     )
     index.add_argument(
-        "--image-key", metavar="EXTENSION", help="the member that is the image, if a sample has several: KEY.EXTENSION"
+        "--image-key",
+        type=image_key,
+        metavar="EXTENSION",
+        help="the member that is the image, if a sample has several: KEY.EXTENSION",
     )
     _add_patterns(index)
 
@@ -155,9 +165,14 @@ def _build(options) -> None:
     from dsmim.log import some
     from dsmim.packing.classes import class_lines
     from dsmim.packing.sources import count_labels, filter_sources, read_sources, split_sources
-    from dsmim.packing.writer import WriteOptions, build_shards
+    from dsmim.packing.writer import BUILD_MAX_PIXELS, WriteOptions, build_shards
     from dsmim.shards.subset import read_list
 
+    if options.max_pixels and not (options.short_side or options.skip_undecodable):
+        raise ValueError(
+            "--max-pixels: has no effect without --short-side or --skip-undecodable, because images are not decoded; "
+            "give one of them, or leave it out"
+        )
     found = read_sources(options.source, options.root, options.index_dir, options.classes, options.numeric_classes)
     for line in found.warnings:
         print(f"warning: {line}", file=sys.stderr)
@@ -171,7 +186,10 @@ def _build(options) -> None:
     parts = split_sources(sources, options.split or {options.name: 1.0}, seed)
     for line in class_lines(found.classes, {name: count_labels(part) for name, part in parts.items()}):
         print(line)
-    writing = WriteOptions(options.per_shard, options.short_side, options.quality, options.skip_undecodable)
+    writing = WriteOptions(
+        options.per_shard, options.short_side, options.quality, options.skip_undecodable,
+        options.max_pixels or BUILD_MAX_PIXELS,
+    )  # fmt: skip
     built = build_shards(parts, options.out, found.classes, writing, options.workers)
     for line in built.left_out:
         print(f"left out: {line}")
@@ -190,7 +208,7 @@ def _index(options) -> None:
 
     form = SampleFormat(
         options.labels and checked_spec(options.labels),
-        options.image_key and options.image_key.lstrip(".").lower(),
+        options.image_key,
         options.classes and read_names(options.classes),
     )
     done = index_all(options.shards, options.index_dir, options.workers, options.force, options.allow_pipe, form)

@@ -71,6 +71,16 @@ def positive(text: str) -> float:
     return value
 
 
+def image_key(text: str) -> str:
+    """Return an extension as data.image_key holds it."""
+    from dsmim.recipe.data import member_extension
+
+    try:
+        return member_extension(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
 def quality(text: str) -> int:
     """Return a JPEG quality, 1 to 100."""
     value = whole(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -11,6 +10,7 @@ from dsmim.data.from_recipe import class_items
 from dsmim.recipe import Data
 from dsmim.shards.classes import CLASSES, read_names
 from dsmim.shards.remote import is_remote
+from dsmim.shards.walk import matching
 
 
 def class_names(data: Data, classes: int, file: Path | None = None) -> list[str]:
@@ -45,5 +45,5 @@ def _beside(patterns: str | list[str] | None) -> list[Path]:
     words = [patterns] if isinstance(patterns, str) else patterns or []
     shards = [Path(path) for word in words if not is_remote(word) for path in braceexpand(word)]
     folders = (str(shard if shard.is_dir() else shard.parent) for shard in shards)
-    found = (Path(place) / CLASSES for folder in folders for place in sorted(glob.glob(folder, recursive=True)))  # noqa: PTH207
+    found = (Path(place) / CLASSES for folder in folders for place in matching(folder))
     return [path for path in dict.fromkeys(found) if path.is_file()]

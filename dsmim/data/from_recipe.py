@@ -65,9 +65,8 @@ def open_reader(data: Data, shards: list[ShardIndex], window: int) -> ShardReade
     Raises ValueError when remote shards have no cache, or a cache that cannot hold this window and the next: it would
     download every shard again and again.
     """
-    image_key = data.image_key and data.image_key.lower()
     if not any(is_remote(shard.tar) for shard in shards):
-        return ShardReader(shards, None, 2 * window, image_key, data.max_pixels)
+        return ShardReader(shards, None, 2 * window, data.image_key, data.max_pixels)
     folder = required(data.cache_dir, "data.cache_dir")
     needed = sum(sorted(shard.tar_bytes for shard in shards)[-2 * window :])
     if needed > data.cache_gb * GB:
@@ -76,7 +75,7 @@ def open_reader(data: Data, shards: list[ShardIndex], window: int) -> ShardReade
             "shards; make it larger, or data.shuffle_window smaller"
         )
     return ShardReader(
-        shards, ShardCache(Path(folder), int(data.cache_gb * GB)), 2 * window, image_key, data.max_pixels
+        shards, ShardCache(Path(folder), int(data.cache_gb * GB)), 2 * window, data.image_key, data.max_pixels
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from dsmim.recipe import Data
 from dsmim.shards.extensions import is_image
 from dsmim.shards.opening import names_shards, open_shards
 from dsmim.shards.tally import Tally
-from dsmim.shards.walk import walk
+from dsmim.shards.walk import matching, walk
 
 SHOWN = 5  # names in an error message
 
@@ -79,7 +78,7 @@ def _files(word: str) -> list[str]:
         return _in_folder(word)
     if os.path.isfile(word):  # noqa: PTH113
         return [word]  # whatever its name: its bytes decide the format
-    return sorted(path for path in glob.glob(word, recursive=True) if os.path.isfile(path))  # noqa: PTH113, PTH207
+    return sorted(path for path in matching(word) if os.path.isfile(path))  # noqa: PTH113
 
 
 def _in_folder(folder: str) -> list[str]:

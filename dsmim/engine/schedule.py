@@ -64,7 +64,10 @@ def resolve_schedule(schedule: Schedule, optim: Optim, global_batch: int, epoch_
     total = schedule.duration.in_steps(global_batch, epoch_samples)
     warmup = schedule.warmup.in_steps(global_batch, epoch_samples)
     if warmup > total:
-        raise ValueError(f"schedule.warmup: {warmup} steps are more than the whole duration of {total} steps")
+        raise ValueError(
+            f"schedule.warmup: {warmup} steps are more than the whole duration of {total} steps; give a shorter "
+            "warm-up (schedule.warmup={steps: N}), or a longer schedule.duration"
+        )
     milestones = tuple(m.in_steps(global_batch, epoch_samples) for m in schedule.milestones)
     _check_milestones(schedule.milestones, milestones, total)
     rates = (rate * factor for rate in (optim.lr, schedule.warmup_lr, schedule.min_lr))

@@ -179,7 +179,8 @@ def _describe_process(process: psutil.Process) -> str:
         env = process.environ()
     except (psutil.Error, OSError):
         env = {}
-    rank = next((env[name] for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID") if name in env), "")
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    rank = next((env[name] for name in names if env.get(name)), "")
     try:
         return f"{process.name()} {process.pid}" + (f" of rank {rank}" if rank else "")
     except psutil.Error:

@@ -13,6 +13,8 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
+from dsmim.cluster.placement import number
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -89,10 +91,13 @@ def _limit(folder: Path, version: _Version) -> Limit | None:
 
 
 def _requested_from_slurm(env: Mapping[str, str]) -> int | None:
-    """Return bytes per node; None without a limit. A job that requests 0 gets all memory of the node."""
-    if per_node := int(env.get("SLURM_MEM_PER_NODE") or 0):
+    """Return bytes per node; None without a limit. A job that requests 0 gets all memory of the node.
+
+    Raises ValueError, which names the variable, for what is no number of megabytes.
+    """
+    if per_node := number(env, "SLURM_MEM_PER_NODE", 0):
         return per_node * 2**20
-    per_cpu, cpus = (int(env.get(name) or 0) for name in ("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"))
+    per_cpu, cpus = (number(env, name, 0) for name in ("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"))
     return per_cpu * cpus * 2**20 or None
 
 

@@ -21,14 +21,19 @@ import webdataset
 from PIL import Image
 
 from dsmim.packing.sources import FileSource, Source
+from dsmim.recipe.data import MAX_PIXELS
 from dsmim.shards.atomic import partial_file, remove_leftovers, write_atomically
 from dsmim.shards.classes import CLASSES, write_classes
 from dsmim.shards.extensions import is_image
 from dsmim.shards.index import ShardIndex, describe_tar, read_index, write_sidecar
 from dsmim.shards.locks import locked
 from dsmim.shards.parallel import parallel
-from dsmim.shards.pixels import open_rgb
+from dsmim.shards.pixels import TooManyPixels, open_rgb, pillow_limit
 from dsmim.shards.sidecar import index_file
+
+BUILD_MAX_PIXELS = 2 * MAX_PIXELS
+"""Pixels of an image that is decoded to be packed. More than a run decodes, because shrinking makes it smaller; above
+it Pillow's own limit is an error."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class WriteOptions:
     """Quality of those JPEGs on Pillow's scale, 1 to 100. FFCV's published ImageNet recipes store 90."""
     skip_undecodable: bool = False
     """Leave out images that cannot be decoded; otherwise, when shrinking, the first one is an error."""
+    max_pixels: int = BUILD_MAX_PIXELS
+    """An image with more pixels counts as undecodable."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +117,14 @@ def _plan(out: Path, name: str, sources: list[Source], options: WriteOptions) ->
     """Return the plan of one part, after checking that existing shards are of the same build."""
     plan = asdict(options) | {"images": len(sources), "sources": _digest(map(repr, sources))}
     plan["quality"] = options.quality if options.short_side else None  # original bytes are not encoded again
+    if options.max_pixels == BUILD_MAX_PIXELS or not options.skip_undecodable:
+        del plan["max_pixels"]  # it changes no shard, only whether the build fails: a larger one continues it
     file = out / f"{name}.build.json"
     before = json.loads(file.read_text()) if file.exists() else None
     stamps = before.pop("stamps", None) if before else None
     files, own = sorted(out.iterdir()), re.escape(name) + r"-\d{6,}\.tar"
     if before != plan and (there := [path for path in files if re.fullmatch(own, path.name)]):
-        differ = [key for key in plan if before and before.get(key) != plan[key]]
+        differ = [key for key in plan | (before or {}) if before and before.get(key) != plan.get(key)]
         why = f"from a build that differs in {', '.join(differ)}" if before else "not from dsmim shards build"
         raise ValueError(f"{there[0]}: exists already, {why}; remove it or build into another folder")
     chunks = [sources[i : i + options.per_shard] for i in range(0, len(sources), options.per_shard)]
@@ -200,11 +209,14 @@ def _prepared(source: Source, options: WriteOptions) -> dict[str, bytes]:
     for extension, data in members.items():
         try:
             if is_image(extension):
-                data, extension = _checked_image(data, extension, options)
+                with pillow_limit(options.max_pixels):
+                    data, extension = _checked_image(data, extension, options)
         except Exception as error:  # Pillow's plug-ins may raise anything for damaged files
+            larger = ": give a larger --max-pixels if you trust the file" if isinstance(error, TooManyPixels) else ""
+            name, why = f"{source.key}.{extension}", f"{error}{larger}"
             if options.skip_undecodable:
-                raise _LeftOut(f"{source.key}.{extension}: {error}") from None
-            raise ValueError(f"{source.key}.{extension}: cannot be decoded: {error}; see --skip-undecodable") from None
+                raise _LeftOut(f"{name}: {why}") from None
+            raise ValueError(f"{name}: cannot be decoded: {why}; see --skip-undecodable") from None
         if extension in prepared:
             raise ValueError(f"{source.key}: contains two images that would both become {source.key}.{extension}")
         prepared[extension] = data

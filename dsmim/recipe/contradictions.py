@@ -155,7 +155,7 @@ def _rates(recipe: Recipe) -> Iterator[str]:
 
 
 def _best(recipe: Recipe) -> Iterator[str]:
-    """Yield what would leave checkpoint.keep_best without any figure."""
+    """Yield what would leave checkpoint.keep_best without any figure, or make it keep the worst checkpoint."""
     best, figures = recipe.checkpoint.keep_best, recipe.task.figures
     if recipe.validation.ema:
         figures = (*figures, *(f"ema_{name}" for name in figures))
@@ -163,6 +163,13 @@ def _best(recipe: Recipe) -> Iterator[str]:
         return
     if recipe.data.val is None:
         yield "checkpoint.keep_best: needs a validation; set data.val, or checkpoint.keep_best=null"
+    better = "min" if best.metric.removeprefix("ema_") == "loss" else "max"  # all others are accuracies
+    if best.metric in figures and best.mode != better:
+        small = "small" if better == "min" else "large"
+        yield (
+            f"checkpoint.keep_best.mode: {best.mode} would keep the worst checkpoint, because {best.metric} is better "
+            f"when it is {small}; set checkpoint.keep_best.mode={better}"
+        )
     if best.metric not in figures:
         close = difflib.get_close_matches(best.metric, figures, n=1, cutoff=0.5)
         meant = f"; did you mean {close[0]}?" if close else ""

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from dsmim.recipe.section import Count, Positive, Section, Share, UserPath, per_channel
 
 MAX_PIXELS = 89_478_485
 """Pillow's limit against decompression bombs: 256 MiB as RGB."""
+
+
+def member_extension(text: str) -> str:
+    """Return the extension of a member of a tar as indexes hold it: in lower case, without the dot before it.
+
+    Raises ValueError for what is no extension.
+    """
+    extension = text.lstrip(".").lower()
+    if not extension or "/" in extension:
+        raise ValueError("give the extension of a member, such as jpg or input.png")
+    return extension
 
 
 class Augment(Section):
@@ -68,8 +79,9 @@ class Data(Section):
     classes: UserPath | list[int | str] | None = None
     """Train and validate on these classes alone, numbered in this order: class numbers, or names of the classes.json
     beside the indexes; or a file that lists them; null: all classes, with their own numbers."""
-    image_key: Annotated[str, Field(pattern=r"^[^./][^/]*$")] | None = None
-    """Extension of the member that is the image, if samples have several; null: as the shards were indexed."""
+    image_key: Annotated[str, AfterValidator(member_extension)] | None = None
+    """Extension of the member that is the image, such as jpg, if samples have several; null: as the shards were
+    indexed."""
     cache_dir: UserPath | None = None
     """Folder on the node that keeps copies of remote shards, shared by the node's ranks and by other runs."""
     cache_gb: Positive = 100

@@ -10,7 +10,16 @@ from dsmim.recipe.data import Augment, Data
 def pixel_problems(channels: int, data: Data) -> list[str]:
     """Return what does not fit images of so many channels, one line each."""
     found = [_length(channels, name, getattr(data, name)) for name in ("mean", "std")]
-    return [problem for problem in [*found, *_colours(channels, data.augment)] if problem]
+    found += [*_alone(channels, data), *_colours(channels, data.augment)]
+    return [problem for problem in found if problem]
+
+
+def _alone(channels: int, data: Data) -> Iterator[str]:
+    """Yield a mean without its standard deviation, or the reverse: figures of two sources do not belong together.
+    (Without a default, `_length` asks for both.)"""
+    for name, other in (("mean", "std"), ("std", "mean")):
+        if getattr(data, name) is not None and getattr(data, other) is None and channels in (1, 3):
+            yield f"data.{name}: given without data.{other}; give both, or neither for the network's own"
 
 
 def _length(channels: int, name: str, given: list[float] | None) -> str | None:

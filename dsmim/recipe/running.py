@@ -26,6 +26,7 @@ class Best(Section):
     """A figure of the validation, named as in metrics.jsonl without val_: loss, accuracy, …; with validation.ema also
     ema_loss, ema_accuracy, …"""
     mode: Literal["min", "max"]
+    """min for a loss, max for an accuracy."""
 
 
 class SaveEvery(Duration):

@@ -19,9 +19,17 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, (int, float)) else list(value) if isinstance(value, tuple) else value
 
 
+def _from_0_to_1(value: Any) -> Any:
+    if isinstance(value, (int, float)) and value > 1:
+        raise ValueError("pixels are on a scale from 0 to 1 here; divide by 255")
+    return value
+
+
 def per_channel(**limits: float) -> Any:
-    """Return the type of one number per channel of an image, each within `limits`; a single number may stand alone."""
-    return Annotated[list[Annotated[float, Field(**limits)]], Field(min_length=1), BeforeValidator(_listed)]
+    """Return the type of one number per channel of an image, on a scale from 0 to 1 and within `limits`; a single
+    number may stand alone."""
+    number = Annotated[float, Field(**limits), BeforeValidator(_from_0_to_1)]
+    return Annotated[list[number], Field(min_length=1), BeforeValidator(_listed)]
 
 
 class Section(BaseModel):

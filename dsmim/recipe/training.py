@@ -95,8 +95,16 @@ class Schedule(Section):
 
     @model_validator(mode="after")
     def _milestones_fit(self) -> Schedule:
-        if (self.name == "multistep") != bool(self.milestones):
-            raise ValueError("milestones: the multistep schedule needs at least one, other schedules take none")
+        if self.name == "multistep" and not self.milestones:
+            raise ValueError(
+                "name=multistep needs the times at which the rate drops: "
+                "schedule.milestones='[{epochs: 30}, {epochs: 60}]', for example"
+            )
+        if self.name != "multistep" and self.milestones:
+            raise ValueError(
+                f"schedule.milestones have no effect with schedule.name={self.name}; set schedule.name=multistep, or "
+                "schedule.milestones=[]"
+            )
         return self
 
 

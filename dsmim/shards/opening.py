@@ -5,7 +5,6 @@ dsmim/packing/writer.py writes shards, dsmim/packing/verify.py checks them.
 
 from __future__ import annotations
 
-import glob
 import os
 import shlex
 import sys
@@ -37,6 +36,7 @@ from dsmim.shards.sample_format import DEFAULT, NO_LABEL, SampleFormat, number_n
 from dsmim.shards.scan import Contents
 from dsmim.shards.sidecar import SUFFIX, index_file
 from dsmim.shards.subset import apply_subset
+from dsmim.shards.walk import matching
 
 OPENERS = 16  # threads that open sidecars, if opening one waits for a metadata server
 PROBE = 100  # sidecars that are opened first, to measure whether it does
@@ -226,7 +226,8 @@ def _no_match(text: str, pattern: str) -> str:
         images = any(is_image(name.rpartition(".")[2].lower()) for _, _, names in os.walk(text) for name in names)
         why = "of images: make shards of it first" if images else "without .tar files; to make shards of images"
         return f"no shards match {text!r}{of}: it is a folder {why}, run: dsmim shards build {shlex.quote(text)} SHARDS"
-    if any(mark in pattern for mark in ("::", ",", " ")):
+    folder, name = os.path.split(text)
+    if any(mark in (name if os.path.isdir(folder) else pattern) for mark in ("::", ",", " ")):  # noqa: PTH112
         hint = "; several patterns are a list: data.train='[a-{0..3}.tar, b.tar]', or separate words of a command"
     elif is_image(text.rpartition(".")[2].lower()) or text.endswith((".csv", ".tsv")):
         hint = "; to make shards of images, run: dsmim shards build SOURCE SHARDS"
@@ -246,4 +247,4 @@ def _matches(pattern: str, what: str, allow_pipe: bool) -> list[str]:
         return [pattern]
     if os.path.isdir(pattern):  # noqa: PTH112
         return sorted(str(path) for path in Path(pattern).glob("*.tar"))
-    return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute patterns too
+    return matching(pattern)

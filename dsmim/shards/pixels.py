@@ -3,9 +3,34 @@
 from __future__ import annotations
 
 import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image
+
+
+class TooManyPixels(ValueError):
+    """An image has more pixels than are allowed."""
+
+
+@contextmanager
+def pillow_limit(pixels: int) -> Iterator[None]:
+    """Allow Pillow images of so many pixels within the block, in this process. Raises TooManyPixels for a larger one,
+    where Pillow by itself prints a warning, and an error from twice as many on."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = pixels
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        found = re.search(r"\d+", str(error))  # Image size (N pixels) exceeds limit of …
+        raise TooManyPixels(f"{found[0] if found else 'its'} pixels are more than {pixels}") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def open_rgb(data: bytes) -> Image.Image:

@@ -77,13 +77,13 @@ def scan(tar: Path, name: str, form: SampleFormat = DEFAULT) -> Contents:
     Raises ValueError, which calls the tar `name`, when it is no complete tar, contains a key or a member twice or a
     symbolic link, contains no image, or a label cannot be read.
     """
-    contents, seen = Contents(), set()
+    contents, seen, dotted = Contents(), set(), ""
     for members in _runs(tar, name, form, contents.left_out):
         key, extensions = members[0].key, [member.extension for member in members]
         if key in seen:
             raise ValueError(
                 f"{name}: key {key!r} occurs twice; all files of a key must follow one another, as tar --sort=name "
-                "writes them"
+                f"writes them{_of_dots(members)}"
             )
         seen.add(key)
         if twice := next((e for e in extensions if extensions.count(e) > 1), None):
@@ -93,9 +93,24 @@ def scan(tar: Path, name: str, form: SampleFormat = DEFAULT) -> Contents:
         else:
             for extension in extensions:
                 contents.left_out.count(f".{extension}", f"{key}.{extension}")
+            dotted = dotted or _of_dots(members)
     if not contents.samples:
-        raise ValueError(f"{name}: contains no image ({_looked_for(form)}){_instead(contents.left_out)}")
+        raise ValueError(f"{name}: contains no image ({_looked_for(form)}){_instead(contents.left_out)}{dotted}")
     return contents
+
+
+def _of_dots(members: list[_Member]) -> str:
+    """Return the end of a message about members whose names may have more dots than was meant; empty for others."""
+    member = next((m for m in members if "." in m.extension and is_image(m.extension.rpartition(".")[2])), None)
+    if member is None:
+        return ""
+    file, stem = f"{member.key}.{member.extension}".rpartition("/")[2], member.extension.rpartition(".")[0]
+    better = f"{file.partition('.')[0]}_{stem.replace('.', '_')}.{member.extension.rpartition('.')[2]}"
+    return (
+        f". A key ends at the first dot of a file's name, so {file} is the member .{member.extension} of a sample; if "
+        f"it is an image of its own, write the tar again with names that have no other dot (such as {better}), as "
+        "dsmim shards build does with a folder"
+    )
 
 
 def _add_sample(contents: Contents, members: list[_Member], form: SampleFormat, name: str) -> None:
@@ -130,10 +145,7 @@ def _instead(left_out: Tally) -> str:
         return "; it is empty"
     if ".tar" in left_out:
         return f"; its files: {left_out}; unpack it, and index the tars in it"
-    dotted = any(kind.count(".") > 1 for kind in left_out)
-    return f"; its files: {left_out}; name the one that is the image by --image-key EXTENSION" + (
-        " (a key ends at the first dot of a file's name)" if dotted else ""
-    )
+    return f"; its files: {left_out}; name the one that is the image by --image-key EXTENSION"
 
 
 def _runs(tar: Path, name: str, form: SampleFormat, left_out: Tally) -> Iterator[list[_Member]]:

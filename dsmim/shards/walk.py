@@ -1,12 +1,27 @@
-"""Walking through folders of images: each folder once, also when symbolic links lead to it again or in a circle."""
+"""Files on disk: what patterns match, and walks through folders of images (each folder once, also when symbolic links
+lead to it again or in a circle)."""
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from dsmim.shards.tally import Tally
+
+
+def matching(pattern: str) -> list[str]:
+    """Return the paths that a glob matches, sorted; ** means any number of folders.
+
+    Its longest beginning that exists as it is written is taken literally, so that `my data [v2]/*.tar` is found.
+    """
+    if os.path.lexists(pattern):
+        return [pattern]
+    folder = os.path.dirname(pattern)  # noqa: PTH120 - a str keeps the path as it was given
+    while folder and not os.path.isdir(folder):  # noqa: PTH112
+        folder = os.path.dirname(folder)  # noqa: PTH120
+    return sorted(glob.glob(glob.escape(folder) + pattern[len(folder) :], recursive=True))  # noqa: PTH207
 
 
 def walk(root: Path, left_out: Tally) -> Iterator[tuple[Path, list[str], list[str]]]:

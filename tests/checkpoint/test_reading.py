@@ -38,6 +38,16 @@ def test_the_newest_valid_checkpoint_is_located(tmp_path):
         locate(tmp_path)
 
 
+def test_what_is_no_folder_is_told(tmp_path):
+    (tmp_path / "weights.safetensors").write_bytes(b"weights")
+    for name, said in (
+        ("nope", "no such file or directory; give a run directory"),
+        ("weights.safetensors", "is a file"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}: {said}"):
+            locate(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("damage", "fault"),
     [

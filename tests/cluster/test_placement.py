@@ -50,6 +50,9 @@ def test_a_single_process():
     assert (detect({}).rank, detect({}).world_size) == (0, 1)
     one = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
     assert detect(one).world_size == 1
+    empty = {"RANK": "", "WORLD_SIZE": "", "MASTER_PORT": "", "SLURM_NTASKS": ""}
+    assert detect(empty).world_size == 1 and is_first(empty)
+    assert detect(SRUN | {"RANK": "", "WORLD_SIZE": ""}).launcher == "srun"
 
 
 @pytest.mark.parametrize(
@@ -60,6 +63,13 @@ def test_a_single_process():
         ({"RANK": "0", "WORLD_SIZE": "2"}, "but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
         (TORCHRUN | {"RANK": "4"}, "rank 4 .* outside a world of 4"),
         (TORCHRUN | {"OMPI_COMM_WORLD_SIZE": "8"}, "OMPI_COMM_WORLD_SIZE announces 8 ranks .* world of 4"),
+        (TORCHRUN | {"MASTER_PORT": "abc"}, "MASTER_PORT='abc' is no whole number; set it to one"),
+        (TORCHRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT=99999 is no TCP port"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "2.0"}, "LOCAL_WORLD_SIZE='2.0' is no whole number"),
+        (TORCHRUN | {"RANK": ""}, "set WORLD_SIZE, .* but not RANK"),
+        (SRUN | {"SLURM_PROCID": "x"}, "SLURM_PROCID='x' is no whole number"),
+        (SRUN | {"SLURM_LOCALID": ""}, "SLURM_LOCALID is not set"),
+        ({"SLURM_NTASKS": "two"}, "SLURM_NTASKS='two' is no whole number"),
         ({"PMI_SIZE": "4"}, "PMI_SIZE announces 4 ranks"),
         ({"MV2_COMM_WORLD_SIZE": "2"}, "MV2_COMM_WORLD_SIZE announces 2 ranks"),
         (SRUN | {"MASTER_ADDR": "localhost"}, "MASTER_ADDR=localhost means another machine on every node"),

@@ -11,7 +11,7 @@ from dsmim.checkpoint.run_directory import RunDirectory, changes_of
 from dsmim.data.decode import decoder_name
 from dsmim.data.normalisation import IMAGENET, Normalisation, normalisation, settled
 from dsmim.recipe.errors import RecipeError
-from dsmim.recipe.reading import parse_recipe
+from dsmim.recipe.reading import parse_recipe, stored_recipe
 from dsmim.tasks import build_task
 from tests.conftest import tiny_recipe
 
@@ -77,7 +77,9 @@ def test_own_networks_have_imagenet_s_and_a_recipe_sets_others(tmp_path):
     assert normalisation(recipe_of(tmp_path)) == IMAGENET
     chosen = normalisation(recipe_of(tmp_path, mean=0.5, std=[0.25]))
     assert chosen == Normalisation((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-    assert normalisation(recipe_of(tmp_path, mean=[0.1, 0.2, 0.3])) == Normalisation((0.1, 0.2, 0.3), IMAGENET.std)
+    tree = recipe_of(tmp_path).model_dump(mode="json")
+    tree["data"]["mean"] = [0.1, 0.2, 0.3]  # alone, as older checkpoints may have it
+    assert normalisation(stored_recipe(tree, "checkpoint")) == Normalisation((0.1, 0.2, 0.3), IMAGENET.std)
     pixels = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
     assert torch.equal(chosen.undo(chosen(pixels)), pixels)
 
@@ -93,7 +95,10 @@ def test_one_channel_has_the_average_of_the_three(tmp_path):
         (3, {"mean": [0.5, 0.5]}, "data.mean: has 2 numbers; give model.in_chans=3, or one for all channels"),
         (1, {"std": [0.5, 0.5, 0.5]}, "data.std: has 3 numbers; give model.in_chans=1, or one for all channels"),
         (4, {"std": 0.5}, "data.mean: has no default for model.in_chans=4; give 4 numbers, or one for all"),
-        (3, {"mean": 123.7}, "data.mean[0]: input should be less than or equal to 1 (given: 123.7)"),
+        (3, {"mean": 123.7, "std": 0.2}, "data.mean[0]: pixels are on a scale from 0 to 1 here; divide by 255"),
+        (3, {"mean": 0.5, "std": [58.4]}, "data.std[0]: pixels are on a scale from 0 to 1 here; divide by 255"),
+        (3, {"mean": 0.5}, "data.mean: given without data.std; give both"),
+        (1, {"std": 0.5}, "data.std: given without data.mean; give both"),
         (3, {"std": 0}, "data.std[0]: input should be greater than 0"),
         (2, {}, "model.in_chans: images are decoded to 1 channel (grey), 3 (RGB) or 4 (RGBA) (given: 2)"),
         (1, {"augment": {"rand_augment": "rand-m9"}}, "data.augment.rand_augment: works on RGB only, not with"),
@@ -121,8 +126,8 @@ def test_a_resumed_run_keeps_its_figures_and_others_need_a_fork(tmp_path):
     state = {"recipe": recipe.model_dump(mode="json"), "data_fingerprint": "f"}
     silent = recipe_of(tmp_path)
     assert directory.completed(silent) == recipe and changes_of(state, silent, SAME) == []
-    assert changes_of(state, recipe_of(tmp_path, mean=0.5), SAME) == []
-    changed = changes_of(state, recipe_of(tmp_path, mean=0.4), SAME)
+    assert changes_of(state, recipe_of(tmp_path, mean=0.5, std=0.5), SAME) == []
+    changed = changes_of(state, recipe_of(tmp_path, mean=0.4, std=0.5), SAME)
     assert changed == ["data.mean: [0.5, 0.5, 0.5] → [0.4, 0.4, 0.4]"]
 
 

@@ -71,7 +71,8 @@ def test_stopped_while_waiting_for_data_and_in_validation(tmp_path, gated):
     recipe = write_recipe(
         tmp_path, plain, validation={"every": {"steps": 2}},
         schedule={"duration": {"steps": 4}, "warmup": {"steps": 1}},
-        checkpoint={"every": {"steps": 4}, "keep": 1, "keep_best": {"metric": "loss", "mode": "max"}},
+        checkpoint={"every": {"steps": 4}, "keep": 1, "keep_best": {"metric": "loss", "mode": "min"}},
+        optim={"lr": 0.3},  # so that the loss grows: the first validation is the best
     )  # fmt: skip
     dsmim("train", recipe, "--run-dir", tmp_path / "straight")
     indexes, piped = tmp_path / "indexes", []

@@ -23,7 +23,9 @@ def test_the_scaling_rule_is_explicit():
     schedule = Schedule(duration=Duration(steps=10))
     assert resolve_schedule(schedule, Optim(lr=1e-3), 2048, 1).peak == 1e-3
     assert resolve_schedule(schedule, Optim(lr=1e-3, lr_scaling="linear"), 2048, 1).peak == pytest.approx(4e-3)
-    with pytest.raises(ValueError, match="warmup: 20 steps are more than the whole duration of 10"):
+    with pytest.raises(
+        ValueError, match="warmup: 20 steps are more than the whole duration of 10 steps; give a shorter"
+    ):
         resolve_schedule(Schedule(duration=Duration(steps=10), warmup=Duration(steps=20)), Optim(lr=1e-3), 64, 1)
 
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import pytest
 
+from dsmim.cli.main import main
 from dsmim.data.decode import decode
 from dsmim.packing.sources import read_sources, split_sources
 from dsmim.packing.writer import WriteOptions, build_shards
@@ -94,6 +95,32 @@ def test_undecodable_images_are_an_error_or_left_out_and_named(tars, tmp_path):
     done = dsmim("shards", "build", tars, tmp_path / "b", "--skip-undecodable")
     assert "left out: bad.png" in done.stdout and "10 images in 1 shards" in done.stdout
     assert dsmim("shards", "build", tars, tmp_path / "c").returncode == 0  # original bytes are not decoded
+
+
+def test_images_of_too_many_pixels(tmp_path, recwarn):
+    """Where Pillow would warn, and where it would raise; a larger limit continues the build."""
+    assert WriteOptions().max_pixels == 178_956_970  # above it Pillow's own limit has always been an error
+    sides = {"a{0}.png": 20, "b.png": 30, "c.png": 40}  # 400, 900 and 1600 pixels
+    write_index(write_tar(tmp_path / "t.tar", [(name, image_bytes(0, side)) for name, side in sides.items()]))
+    sources = split_sources(read_sources(str(tmp_path / "t.tar"))[0], {}, None)
+
+    def build(out: str, **options):
+        return build_shards(sources, tmp_path / out, [], WriteOptions(per_shard=1, short_side=16, **options))
+
+    for limit, first in ((1599, "c.png: cannot be decoded: 1600"), (700, "b.png: cannot be decoded: 900")):
+        with pytest.raises(ValueError, match=f"{first} pixels are more than {limit}: give a larger --max-pixels"):
+            build(str(limit), max_pixels=limit)
+        assert build(str(limit), max_pixels=1600).written == (1 if limit == 1599 else 2)
+    assert build("some", max_pixels=700, skip_undecodable=True).left_out == [
+        f"{name}: {pixels} pixels are more than 700: give a larger --max-pixels if you trust the file"
+        for name, pixels in (("b.png", 900), ("c.png", 1600))
+    ]
+    with pytest.raises(ValueError, match="from a build that differs in max_pixels"):
+        build("some", skip_undecodable=True)
+    assert not recwarn.list
+    command = ["shards", "build", str(tmp_path / "t.tar"), str(tmp_path / "out"), "--max-pixels", "9"]
+    assert main(command) == 1
+    assert main([*command, "--short-side", "16", "--workers", "1"]) == 1
 
 
 def test_a_shard_whose_images_are_all_left_out_is_not_written(tmp_path):

@@ -75,10 +75,13 @@ def test_all_problems_at_once_with_the_nearest_key(tmp_path):
         (("task", "name"), "simim", "task.name: 'simim' is unknown; did you mean simmim?"),
         (("task",), {}, "task.name: missing; give it a value"),
         (("batch", "micro_batch"), 3, "batch.global_batch: 8 is not a multiple of batch.micro_batch 3"),
-        (("schedule", "name"), "multistep", "schedule: milestones"),
+        (("schedule", "name"), "multistep", "schedule.milestones='[{epochs: 30}, {epochs: 60}]', for example"),
+        (("schedule", "milestones"), [{"steps": 3}], "schedule.milestones have no effect with schedule.name=cosine"),
         (("data", "augment"), {"crop_scale": [1.0, 0.5]}, "crop_scale must go from small to large"),
         (("data", "augment"), {"rand_augment": "foo"}, "data.augment.rand_augment: string should match"),
         (("optim", "lr"), float("inf"), "optim.lr: input should be a finite number"),
+        (("data", "image_key"), "a/b.jpg", "data.image_key: give the extension of a member, such as jpg"),
+        (("data", "image_key"), ".", "data.image_key: give the extension of a member, such as jpg"),
         (("data", "workers"), "many", "data.workers: input should be a valid integer"),
         (
             ("schedule", "duration"),
@@ -236,6 +239,22 @@ CLASSIFY = {"name": "classify", "num_classes": 3}
             "simmim measures loss, no 'accuracy'",
         ),
         (
+            {"checkpoint": {"keep_best": {"metric": "loss", "mode": "max"}}},
+            "loss is better when it is small; set checkpoint.keep_best.mode=min",
+        ),
+        (
+            {"task": CLASSIFY, "checkpoint": {"keep_best": {"metric": "accuracy", "mode": "min"}}},
+            "accuracy is better when it is large; set checkpoint.keep_best.mode=max",
+        ),
+        (
+            {
+                "checkpoint": {"keep_best": {"metric": "ema_loss", "mode": "max"}},
+                "optim": {"ema_decay": 0.9},
+                "validation": {"ema": True},
+            },
+            "ema_loss is better when it is small",
+        ),
+        (
             {"data": {"val": None}, "checkpoint": {"keep_best": {"metric": "loss", "mode": "min"}}},
             "checkpoint.keep_best: needs a validation",
         ),
@@ -324,6 +343,12 @@ def test_overrides(tmp_path):
         load_recipe(str(file), ["optim.lr"])
     with pytest.raises(RecipeError, match="is a value, not a section"):
         load_recipe(str(file), ["name.x=1"])
+
+
+def test_an_image_key_may_have_its_dot(tmp_path):
+    tree = tiny_recipe(tmp_path)
+    keys = [stored_recipe(tree, "t", [f"data.image_key={text}"]).data.image_key for text in (".jpg", "JPG", ".Seg.png")]
+    assert keys == ["jpg", "jpg", "seg.png"]
 
 
 def test_differences_leave_out_what_changes_speed_only(tmp_path):

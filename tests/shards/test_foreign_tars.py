@@ -103,6 +103,22 @@ def test_a_tar_without_a_known_image_says_what_it_holds(tmp_path):
         write_index(tmp_path / "u.tar")
 
 
+@pytest.mark.parametrize(
+    ("names", "before", "name"),
+    [
+        (["cat.0", "cat.1", "dog.0"], r"contains no image .*--image-key EXTENSION", "cat.0"),
+        (["cat.0", "dog.0", "cat.1"], r"key 'x/cat' occurs twice; .*", "cat.1"),
+    ],
+)
+def test_names_with_more_dots_than_that_of_the_extension(tmp_path, names, before, name):
+    write_tar(tmp_path / "t.tar", [(f"x/{name}.jpg", image_bytes(0)) for name in names])
+    dots = (
+        rf"\. A key ends at the first dot .*, so {name}\.jpg is the member .* \(such as {name.replace('.', '_')}\.jpg\)"
+    )
+    with pytest.raises(ValueError, match=before + dots):
+        write_index(tmp_path / "t.tar")
+
+
 def linked(tmp_path, links: list[tuple[str, str]]) -> Path:
     """A tar by GNU tar of a folder in which the second name of each pair is a hard link to the first."""
     folder = loose(tmp_path / "pics", ["x/1.png", "x/2.png"])

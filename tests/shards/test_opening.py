@@ -67,6 +67,17 @@ def test_expand_order_is_sorted(tmp_path):
     assert [Path(p).name for p in expand(str(tmp_path))] == [f"train-{i:03d}.tar" for i in range(3)]
 
 
+def test_folders_whose_names_are_no_patterns(tmp_path):
+    """Brackets, spaces and commas in the names of folders that exist."""
+    for name in ("my data [v2]", "v"):
+        make_shards(tmp_path / name, [1, 1])
+    paths = [str(tmp_path / f"my data [v2]/train-00{i}.tar") for i in range(2)]
+    assert expand(f"{tmp_path}/my data [v2]/train-*.tar") == expand(f"{tmp_path}/my data [v2]/**/*-00[01].tar") == paths
+    assert expand(f"{tmp_path}/[v]/train-*.tar") == [f"{tmp_path}/v/train-00{i}.tar" for i in range(2)]  # a glob still
+    with pytest.raises(ValueError, match=r"no shards match .*; give tars, a folder of tars, or a pattern in quotes"):
+        expand(f"{tmp_path}/my data [v2]/val-*.tar")
+
+
 def test_what_names_no_shard_says_what_to_do(tmp_path):
     (tmp_path / "pics").mkdir()
     (tmp_path / "pics/a.jpg").write_bytes(b"x")
