@@ -35,7 +35,7 @@ class SmallViT(nn.Module):
     """A DeiT III in small: class token, position embedding, LayerScale. Sizes that 2 and 3 ranks do not divide. It
     returns the loss.
 
-    Queries, keys and values have no bias: the gradient of the keys' bias is 0 but for rounding, and Lion takes its sign.
+    Queries, keys and values have no bias: the gradient of the keys' is 0 but for rounding, and Lion takes its sign.
     """
 
     def __init__(self, seed: int = 0):
