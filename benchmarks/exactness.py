@@ -33,14 +33,18 @@ Build = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 class SmallViT(nn.Module):
     """A DeiT III in small: class token, position embedding, LayerScale. Sizes that 2 and 3 ranks do not divide. It
-    returns the loss."""
+    returns the loss.
+
+    Queries, keys and values have no bias: the gradient of the keys' is 0 but for rounding, and Lion takes its sign.
+    """
 
     def __init__(self, seed: int = 0):
         super().__init__()
         torch.manual_seed(seed)
         self.vit = VisionTransformer(
-            img_size=16, patch_size=4, num_classes=CLASSES, embed_dim=21, depth=2, num_heads=3, init_values=1e-2
-        )
+            img_size=16, patch_size=4, num_classes=CLASSES, embed_dim=21, depth=2, num_heads=3, init_values=1e-2,
+            qkv_bias=False,
+        )  # fmt: skip
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the mean cross-entropy of images (B, 3, 16, 16) with labels (B,)."""
