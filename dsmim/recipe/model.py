@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from dsmim.recipe.section import Count, Positive, Section, UserPath
 
@@ -13,6 +13,12 @@ def _decodable(channels: int) -> int:
     if channels not in (1, 3, 4):
         raise ValueError("images are decoded to 1 channel (grey), 3 (RGB) or 4 (RGBA)")
     return channels
+
+
+def _not_a_rate(kind: Any) -> Any:
+    if isinstance(kind, (int, float)):
+        raise ValueError("says how samples are drawn: independent or balanced; the rate is model.drop_path_rate")
+    return kind
 
 
 class Model(Section):
@@ -31,7 +37,7 @@ class Model(Section):
     drop_path_rates: Literal["uniform", "linear"] | None = None
     """uniform: every block has drop_path_rate; linear: the deepest block, growing from 0; null: DeiT III uniform, all
     others linear."""
-    drop_path: Literal["independent", "balanced"] = "independent"
+    drop_path: Annotated[Literal["independent", "balanced"], BeforeValidator(_not_a_rate)] = "independent"
     """balanced: of 2, 4, 8, … neighbouring samples a block always drops the same share, within one sample, so that
     ranks do equal work."""
     pretrained_window_sizes: list[int] | None = None

@@ -72,6 +72,7 @@ def test_all_problems_at_once_with_the_nearest_key(tmp_path):
         (("checkpoint", "keep_every"), {"minutes": 1}, "checkpoint.keep_every.minutes: unknown key"),
         (("task", "target_window"), 46, "must be odd"),
         (("task", "mask_patch"), 24, "does not divide model.img_size 32"),
+        (("model", "drop_path"), 0.1, "model.drop_path: says how samples are drawn: independent or balanced; the rate"),
         (("task", "name"), "simim", "task.name: 'simim' is unknown; did you mean simmim?"),
         (("task",), {}, "task.name: missing; give it a value"),
         (("batch", "micro_batch"), 3, "batch.global_batch: 8 is not a multiple of batch.micro_batch 3"),
