@@ -121,16 +121,16 @@ def main() -> None:
 
 
 def _differs(known: Measured, found: dict[str, Any]) -> bool:
-    """Return whether a figure is another one than dsmim goes by: it fails or does not, or it is no rounding and twice
-    as large or half."""
-    for stage, value in found.items():
-        before = known.errors[int(stage)]
-        if isinstance(value, str) or (before is None and known.failure):
-            if isinstance(value, str) != bool(known.failure):
-                return True
-        elif before is not None and max(value, before) > EXACT and not before / 2 < value < before * 2:
-            return True
-    return False
+    """Return whether an optimizer is exact, not exact or failing at another stage than dsmim goes by."""
+    before = {str(stage): _kind(error, known.failure) for stage, error in enumerate(known.errors)}
+    return any(before[stage] not in ("", _kind(value, "fails")) for stage, value in found.items())
+
+
+def _kind(error: float | str | None, failure: str) -> str:
+    """Return "fails", "exact" or "not exact"; "": not measured."""
+    if not isinstance(error, float):
+        return "fails" if failure else ""
+    return "exact" if error <= EXACT else "not exact"
 
 
 def write_docs() -> None:

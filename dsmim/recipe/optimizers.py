@@ -44,7 +44,7 @@ TIMM: dict[str, Measured] = {
     "adafactor": Measured(None, 1e-30, (None, 0.68, 0.68, 0.68)),
     "adafactorbv": Measured(None, None, (None, 0.57, 0.57, 0.57)),
     "adafactorbvc": Measured(None, None, (None, 0.57, 0.57, 0.57)),
-    "adagrad": Measured(None, 1e-08, (None, None, None, None), "IndexError: list index out of range"),
+    "adagrad": Measured(None, 1e-08, (7.1e-08, None, None, None), "IndexError: list index out of range"),
     "adahessian": Measured(
         (0.9, 0.999), 1e-08, (None, None, None, None), "AttributeError: 'Tensor' object has no attribute 'hess'"
     ),
