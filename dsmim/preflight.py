@@ -22,7 +22,7 @@ from dsmim.recipe import Recipe
 from dsmim.recipe.errors import RecipeError
 from dsmim.shards.index import ShardIndex
 from dsmim.tasks import Task, build_task
-from dsmim.weights.files import PICKLED
+from dsmim.weights.files import PICKLED, unfinished
 
 
 class Findings:
@@ -106,6 +106,8 @@ def _check_weights(path: Path) -> None:
             reading.candidates(path / "checkpoints") or reading.candidates(path)
         ):
             raise ValueError(f"model.weights: {path} contains no checkpoint; give a run directory or a checkpoint")
+        if progress := unfinished(path):
+            raise ValueError(f"model.weights: {progress}; wait until it is complete, or give one of its checkpoints")
     elif not path.is_file():
         raise ValueError(f"model.weights: {path}: no such file or run directory")
     elif path.suffix not in (".safetensors", *PICKLED):

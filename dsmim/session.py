@@ -16,6 +16,7 @@ from dsmim.data.checks import check_data
 from dsmim.data.dataset import EvalDataset, TarDataset
 from dsmim.data.from_recipe import identity, open_reader, training_shards
 from dsmim.data.order import training_order
+from dsmim.engine.optim import check_patterns
 from dsmim.engine.runtime import Runtime
 from dsmim.engine.zero import Engine
 from dsmim.evaluate import open_validation
@@ -23,7 +24,7 @@ from dsmim.log import Log, counted
 from dsmim.plan import Plan, plan
 from dsmim.recipe import Recipe
 from dsmim.tasks import Task, build_task
-from dsmim.weights.files import warm_start
+from dsmim.weights.files import unfinished, warm_start
 from dsmim.weights.match import State
 from dsmim.weights.pixels import normalisation_note
 
@@ -136,6 +137,8 @@ def build_engine(recipe: Recipe, task: Task, run: Run, runtime: Runtime) -> Engi
     weights = _initial_weights(recipe, task, run, runtime)
     torch.manual_seed(recipe.seed)
     with runtime.all_or_none():
+        if run.directory.resume_from is None:
+            check_patterns(task.model, recipe.optim)
         engine = Engine(
             task.model, task.layers, recipe, runtime, run.plan.accumulation, run.plan.rate, task.fill(weights)
         )
@@ -153,11 +156,14 @@ def _initial_weights(recipe: Recipe, task: Task, run: Run, runtime: Runtime) -> 
     if run.directory.resume_from is not None or settings.weights is None:
         return None
     with runtime.all_or_none():
-        report, weights, note = None, None, None
+        report, weights, note, early = None, None, None, None
         if runtime.is_rank_zero:
             report, weights = warm_start(task.model, settings.weights, settings.weights_head)
             note = normalisation_note(Path(settings.weights), report.layout, task.normalise)
+            early = unfinished(Path(settings.weights))
     run.log.say(f"weights from {settings.weights}: {report}")
+    if early:
+        run.log.say(f"model.weights: {early}: the weights are not those of its end")
     if note:
         run.log.say(note)
     return weights

@@ -46,7 +46,7 @@ def _check_same_optimizer(run: RunDirectory) -> None:
     if line is not None and set(line.removeprefix(_OPTIMIZER).split(" → ")) != {"adamw", "lamb"}:
         raise ValueError(
             f"{line}: {run.resume_from} has the state of the other optimizer; restore optim.name, or start a new run "
-            f" from these weights: another --run-dir, with model.weights={run.path}"
+            f"from these weights: another --run-dir, with model.weights={run.path}"
         )
 
 

@@ -15,6 +15,7 @@ from dsmim.checkpoint.failed_start import Before
 from dsmim.checkpoint.recorded_paths import STARTED_IN, find_recipe_shards
 from dsmim.data.normalisation import settled
 from dsmim.engine.runtime import Runtime
+from dsmim.models.foreign import PREFIX
 from dsmim.recipe import Recipe
 from dsmim.recipe.reading import differences
 
@@ -92,13 +93,15 @@ class RunDirectory:
     def completed(self, recipe: Recipe) -> Recipe:
         """Return the recipe with what the run in this directory, if any, decides.
 
-        That is the normalisation where the recipe leaves it out, and paths that lead to the shards, also when this
-        start is made in another folder than the run's first; see find_shards in recorded_paths.py.
+        That is the normalisation and optim.model_no_decay where the recipe leaves them out, and paths that lead to the
+        shards, also when this start is made in another folder than the run's first; see find_shards in
+        recorded_paths.py.
         """
         for checkpoint in reading.candidates(self.checkpoints):
             with suppress(ValueError, KeyError):  # open() says what is wrong with it
                 state = reading.read_state(checkpoint)
-                return find_recipe_shards(settled(recipe, Recipe.model_validate(state["recipe"])), state)
+                before = _of_older_run(Recipe.model_validate(state["recipe"]), state)
+                return find_recipe_shards(settled(_of_older_run(recipe, state), before), state)
         return settled(recipe)
 
     def open(self, recipe: Recipe, identity: dict[str, str], runtime: Runtime, fork: bool) -> None:
@@ -139,11 +142,23 @@ def changes_of(state: dict[str, Any], recipe: Recipe, identity: dict[str, str]) 
     state: of the checkpoint. What it does not have, because an older dsmim wrote it, is as in
     _OLDER_REPEATS, or not compared.
     """
-    before = Recipe.model_validate(state["recipe"])
-    changes = differences(settled(before), settled(recipe, before))
+    before = _of_older_run(Recipe.model_validate(state["recipe"]), state)
+    changes = differences(settled(before), settled(_of_older_run(recipe, state), before))
     recorded = identity | (_OLDER_REPEATS if before.data.repeats > 1 else {}) | state
     other = [key for key, value in identity.items() if recorded[key] != value]
     return changes + [IDENTITY[key].format(old=recorded[key], new=identity[key]) for key in other]
+
+
+def _of_older_run(recipe: Recipe, state: dict[str, Any]) -> Recipe:
+    """Return the recipe with the run's optim.model_no_decay, if it leaves the key out and the network is timm's.
+
+    Runs from before the key existed decayed all matrices of such networks.
+    """
+    optim, stored = recipe.optim, state["recipe"]
+    if "model_no_decay" in optim.model_fields_set or not stored["model"]["name"].startswith(PREFIX):
+        return recipe
+    value = stored["optim"].get("model_no_decay", False)
+    return recipe.model_copy(update={"optim": optim.model_copy(update={"model_no_decay": value})})
 
 
 def _lock_directory(path: Path) -> TextIO:

@@ -62,6 +62,23 @@ def _no_decay(model: nn.Module, optim: Optim) -> list[str]:
     return [*optim.no_decay, *(named_without_decay(model) if optim.model_no_decay else ())]
 
 
+def check_patterns(model: nn.Module, optim: Optim) -> None:
+    """Check optim.no_decay for misspelt names: the parameters meant would be decayed.
+
+    A pattern may be that of no parameter, as published lists for several networks have them; but not if a parameter has
+    nearly that name. Raises ValueError then.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    last = sorted({name.rpartition(".")[2] for name in names})
+    for pattern in optim.no_decay:
+        if not any(fnmatchcase(name, pattern) for name in names) and (
+            near := difflib.get_close_matches(pattern.strip("*"), last, n=1, cutoff=0.8)
+        ):
+            raise ValueError(
+                f"optim.no_decay: {pattern!r} is the name of no parameter of this network; did you mean {near[0]}?"
+            )
+
+
 def build_optimizer(model: nn.Module, groups: list[ParameterGroup], optim: Optim, peak: float) -> torch.optim.Optimizer:
     """Return the recipe's optimizer. Each of its groups has the key `lr_scale`; the engine sets the learning rate
     before every step.
@@ -82,7 +99,10 @@ def build_optimizer(model: nn.Module, groups: list[ParameterGroup], optim: Optim
         group["max_lr_snapshot"] = peak * group["lr_scale"]
     given = {key: value for key in ("betas", "eps") if (value := getattr(optim, key)) is not None}
     name, options = optim.name.removeprefix(TIMM_PREFIX), {key: _as_tuple(v) for key, v in optim.options.items()}
-    return create_optimizer_v2(settings, name, lr=peak, weight_decay=optim.weight_decay, **given, **options)
+    try:
+        return create_optimizer_v2(settings, name, lr=peak, weight_decay=optim.weight_decay, **given, **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"optim.options: {optim.name} does not take {optim.options}: {error}") from None
 
 
 def check_optimizer(optim: Optim, config: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ from dsmim.recipe.section import Section
 def contradictions(recipe: Recipe) -> list[str]:
     """Return one line per problem, with the key and the fix."""
     checks = (
-        _sizes, _mixing, _losses, _pixels, _augmentations, _without_effect, _frozen, _given_otherwise, _rates, _best,
+        _sizes, _mixing, _mix_runs, _losses, _pixels, _augmentations, _without_effect, _frozen, _given_otherwise,
+        _rates, _best,
     )  # fmt: skip
     return [problem for check in checks for problem in check(recipe)]
 
@@ -58,6 +59,13 @@ def _losses(recipe: Recipe) -> Iterator[str]:
             "counts such a target as 1: every class would be right; set task.label_smoothing=0, or "
             "task.loss=cross_entropy"
         )
+
+
+def _mix_runs(recipe: Recipe) -> Iterator[str]:
+    """Yield runs of mixing that do not fit into the global batch."""
+    task, size = recipe.task, recipe.batch.global_batch
+    if task.name == "classify" and task.mixes and task.mix_run != 2 and size % task.mix_run:
+        yield f"task.mix_run: {task.mix_run} does not divide batch.global_batch {size}; set a divisor, or 2"
 
 
 def _pixels(recipe: Recipe) -> Iterator[str]:

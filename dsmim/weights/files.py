@@ -56,6 +56,17 @@ def read(path: Path) -> Weights:
     raise ValueError(f"{path}: is not weights; give a run directory, a checkpoint, or a file that ends in {endings}")
 
 
+def unfinished(path: Path) -> str | None:
+    """Return how far the run directory `path` has come, if it is not at its end; None for anything else, and where the
+    end is not given in steps."""
+    newest = next(iter(reading.candidates(path / "checkpoints")), None)
+    if newest is None:
+        return None
+    state = reading.read_state(newest)
+    total = state["recipe"].get("schedule", {}).get("duration", {}).get("steps")
+    return None if total is None or state["step"] >= total else f"{path} is at step {state['step']} of {total}"
+
+
 def _read_checkpoint(found: Path) -> Weights:
     settings = reading.read_state(found)["recipe"].get("model", {})
     return Weights(zero_shards.read_weights(found), str(found), windows=_windows(settings))

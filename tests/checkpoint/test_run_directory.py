@@ -20,3 +20,15 @@ def test_a_run_whose_repeats_came_in_a_row_is_noticed(tmp_path, repeats, noticed
         "data.repeats: the repeats of a sample came in a row when the run was started"
     )
     assert changes_of(older | now, recipe, now) == []
+
+
+@pytest.mark.parametrize(("name", "given", "noticed"), [("timm:vit_tiny_patch16_224", {}, 0),
+                                                        ("timm:vit_tiny_patch16_224", {"model_no_decay": True}, 1),
+                                                        ("deit3_nano_patch16", {}, 0)])  # fmt: skip
+def test_an_older_run_of_a_timm_network_keeps_its_weight_decay(tmp_path, name, given, noticed):
+    changes = {"task": {"name": "classify", "num_classes": 3}, "model": {"name": name, "img_size": 32}}
+    recipe = parse_recipe(tiny_recipe(tmp_path, optim={"lr": 1e-3} | given, **changes), "recipe")
+    stored = recipe.model_dump(mode="json")
+    del stored["optim"]["model_no_decay"]
+    found = changes_of(IDENTITY | {"recipe": stored}, recipe, IDENTITY)
+    assert found == ["optim.model_no_decay: False → True"] * noticed

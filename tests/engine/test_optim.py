@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dsmim.engine.optim import build_optimizer, parameter_groups
+from dsmim.engine.optim import build_optimizer, check_patterns, parameter_groups
 from dsmim.models import create_model, layer_ids
 from dsmim.recipe import Optim
 
@@ -86,3 +86,19 @@ def test_a_parameter_without_dimensions_is_refused_by_name():
     assert len(parameter_groups(model, layers, Optim(lr=1e-3))) == 2
     model[1].scale = nn.Parameter(torch.tensor(1.0), requires_grad=False)  # frozen: not given to DeepSpeed's optimizer
     assert "1.scale" not in [name for group in parameter_groups(model, layers, Optim(lr=1e-3)) for name in group.names]
+
+
+def test_a_pattern_that_a_recipe_gives_must_be_of_a_parameter():
+    model = create_model("deit3_nano_patch16", "meta", img_size=32, num_classes=3)
+    check_patterns(model, Optim(lr=1))  # the default's are for several networks
+    check_patterns(model, Optim(lr=1, no_decay=["pos_embed", "*cls_token", "*logit_scale"]))
+    with pytest.raises(ValueError, match=r"optim\.no_decay: 'pos_embd' is the name of no .*; did you mean pos_embed\?"):
+        check_patterns(model, Optim(lr=1, no_decay=["pos_embd"]))
+
+
+@pytest.mark.parametrize("options", [{"momentum": "high"}, {"momentum": 0}])
+def test_options_with_wrong_values_are_told_by_key(options):
+    model = create_model("deit3_nano_patch16", img_size=32, num_classes=3)
+    groups = parameter_groups(model, layer_ids(model), optim := Optim(lr=1, name="timm:sgd", options=options))
+    with pytest.raises(ValueError, match=r"optim\.options: timm:sgd does not take \{'momentum': "):
+        build_optimizer(model, groups, optim, 1.0)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dsmim.data.order import limited_accumulation
-from dsmim.engine.optim import parameter_groups
+from dsmim.engine.optim import check_patterns, parameter_groups
 from dsmim.engine.schedule import resolve_schedule
 from dsmim.recipe.files import shipped_recipes
 from dsmim.recipe.reading import load_recipe
@@ -94,6 +94,7 @@ def test_network_and_groups(built):
     found = sum(parameter.numel() for parameter in task.model.parameters())
     assert found == parameters(name, recipe.model.img_size, getattr(recipe.task, "num_classes", 0))
     groups = parameter_groups(task.model, task.layers, recipe.optim)
+    check_patterns(task.model, recipe.optim)
     decays = {group.weight_decay for group in groups}
     assert decays == {0.0, recipe.optim.weight_decay}
     layers = 1
@@ -217,8 +218,8 @@ def test_deit_on_imagenet_21k(name):
         ("mae_base", 2e-3, 0, 100, 5, 0.65, 0.1),
         ("mae_large", 4e-3, 0, 50, 5, 0.75, 0.2),
         ("mae_huge", 4e-3, 0, 50, 5, 0.75, 0.3),
-        ("beit_base", 4e-3, 1e-6, 100, 20, 0.65, 0.1),
-        ("beit_large", 1e-3, 1e-6, 50, 5, 0.75, 0.2),
+        ("beit_base", 4e-3, 0.0, 100, 20, 0.65, 0.1),
+        ("beit_large", 1e-3, 0.0, 50, 5, 0.75, 0.2),
     ],
 )
 def test_mae_and_beit(name, peak, first, epochs, warm, decay, path):
@@ -313,4 +314,7 @@ def test_the_page_s_example_of_a_base(tmp_path):
     (tmp_path / "mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", page, re.S)[1])
     recipe, base = load_recipe(str(tmp_path / "mine.yaml")), load_recipe("deit3_base_192_in1k_800")
     assert (recipe.name, recipe.task.num_classes, recipe.schedule.duration.epochs) == ("my_vit", 37, 300)
-    assert (recipe.optim, recipe.data.augment, recipe.about.paper) == (base.optim, base.data.augment, None)
+    assert (recipe.optim.name, recipe.data.augment, recipe.about.paper) == ("lamb", base.data.augment, None)
+    for images in (500, 5_000, 100_000):
+        rate = resolve_schedule(recipe.schedule, recipe.optim, recipe.batch.global_batch, images)
+        assert 0 < rate.warmup < rate.total

@@ -175,6 +175,10 @@ CLASSIFY = {"name": "classify", "num_classes": 3}
             "batch.global_batch: mixup and CutMix pair neig",
         ),
         ({"task": CLASSIFY | {"mixup": 0.8, "mix_switch": 0.3}}, "task.mix_switch: 0.3 has no effect without both"),
+        (
+            {"task": CLASSIFY | {"mixup": 0.8, "mix_run": 6}},
+            "task.mix_run: 6 does not divide batch.global_batch 8; set a divisor, or 2",
+        ),
         ({"task": CLASSIFY | {"mix_run": 4}}, "task.mix_run: 4 has no effect without task.mixup or task.cutmix"),
         ({"model": {"grad_checkpointing_stages": 2}}, "model.grad_checkpointing_stages: 2 has no effect without"),
         (
