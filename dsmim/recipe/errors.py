@@ -54,6 +54,8 @@ def _line(item: dict, model: type[BaseModel]) -> str:
     message = item["msg"].removeprefix("Value error, ")
     given = item["input"]
     shown = "" if isinstance(given, (dict, list, BaseModel)) else f" (given: {given!r})"
+    if f"{key}.{message.partition(':')[0].partition('.')[0]}" in keys_of(Recipe):  # a section's message about its key
+        return f"{key}.{message}{shown}"
     return f"{key}: {message[0].lower() + message[1:]}{shown}"
 
 
