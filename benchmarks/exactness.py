@@ -17,6 +17,7 @@ from torch import nn
 
 from dsmim.cluster.placement import free_port
 from dsmim.engine.runtime import Runtime, start, stop
+from dsmim.engine.zero_internals import clear_padding
 
 BATCH, CLASSES, DECAY = 12, 5, 0.05
 # What deepspeed.initialize imports: without this, 2 s in each fork.
@@ -118,6 +119,8 @@ def deepspeed_run(
         "zero_optimization": zero,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=build(groups_of(model)), config=config)
+    if zero["stage"] == 3:
+        clear_padding(engine.optimizer, runtime.rank)  # as dsmim does; else norms may be of what the memory held before
     for step in range(steps):
         for group in engine.optimizer.param_groups:
             group["lr"] = rate(step)

@@ -56,20 +56,22 @@ def own_arguments(name: str) -> tuple[tuple[float, ...] | None, float | None]:
 
 def measure(names: list[str], stages: tuple[int, ...], out: Path, runtime: Runtime) -> None:
     """Write the figure, or the error, of every name and stage to `out`. Collective."""
+    torch._dynamo.config.disable = True  # Kron and Muon compile, and a compiler hangs in a fork
     found: dict[str, dict[str, Any]] = {}
     for name in names:
-        found[name] = {}
-        try:
-            wanted = plain_run(builder(name), STEPS, 0.0, rate)
-        except Exception as error:
-            found[name] = {str(stage): _message(error) for stage in stages}
-            continue
-        for stage in stages:
-            found[name][str(stage)] = _measured(name, stage, wanted, runtime)
+        found[name] = _of_one(name, stages, runtime)
         if runtime.is_rank_zero:
             print(_line(name, found[name]), flush=True)
     if runtime.is_rank_zero:
         out.write_text(json.dumps(found))
+
+
+def _of_one(name: str, stages: tuple[int, ...], runtime: Runtime) -> dict[str, Any]:
+    try:
+        wanted = plain_run(builder(name), STEPS, 0.0, rate)
+    except Exception as error:
+        return {str(stage): _message(error) for stage in stages}
+    return {str(stage): _measured(name, stage, wanted, runtime) for stage in stages}
 
 
 def _measured(name: str, stage: int, wanted: Weights, runtime: Runtime) -> float | str:
