@@ -25,7 +25,7 @@ from pathlib import Path
 folder, steps, groups, recipe = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
 if groups == "timm":  # the final norm in the group of the last block, the register token with weight decay
     dsmim.tasks.classify.layer_ids = foreign.layer_ids
-    recipe["optim"]["model_no_decay"] = False
+recipe["optim"]["model_no_decay"] = groups != "timm"
 recipe["schedule"] = {"duration": {"steps": steps}}
 fit(parse_recipe(recipe, "tiny"), folder, fork=True)
 """
