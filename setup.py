@@ -50,6 +50,7 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.6",
             "openmpi>=5",
+            "scikit-learn>=1.4",
         ],
     },
     entry_points={"console_scripts": ["dsmim = dsmim.cli.main:main"]},

@@ -90,10 +90,13 @@ class DeiT3(VisionTransformer):
     If the image side is not a multiple of the patch, the rest is cut off: 160 pixels give 11 × 11 patches of 14.
     """
 
-    def __init__(self, drop_path_rate: float, drop_path_rates: str, patch_size: int, in_chans: int = 3, **options):
+    def __init__(
+        self, drop_path_rate: float, patch_size: int, in_chans: int = 3, drop_path_rates: str = "uniform",
+        block_fn: type[nn.Module] = Block, **options,
+    ):  # fmt: skip
         super().__init__(
             patch_size=patch_size, in_chans=in_chans, no_embed_class=True, init_values=LAYER_SCALE, weight_init="skip",
-            norm_layer=partial(nn.LayerNorm, eps=1e-6), **options,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6), block_fn=block_fn, **options,
         )  # fmt: skip
         self.in_chans = in_chans  # older timm does not keep it
         self.patch = self.stride = patch_size

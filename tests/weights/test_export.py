@@ -9,11 +9,10 @@ import pytest
 import safetensors
 import timm
 import torch
-from timm.models.vision_transformer import ParallelThingsBlock
 
 from dsmim.cli.main import main
 from dsmim.models import SimMIM, create_model
-from dsmim.models.vit import DeiT3
+from dsmim.models.vit import DeiT3, ParallelThingsBlock
 from dsmim.weights.export import LAYOUTS, export, swin_as_authors
 from dsmim.weights.files import read, warm_start
 from dsmim.weights.layouts import to_deit, to_native

@@ -9,11 +9,10 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
-from timm.models.vision_transformer import ParallelThingsBlock
 
 import dsmim
 from dsmim.models import create_model
-from dsmim.models.vit import DeiT3
+from dsmim.models.vit import DeiT3, ParallelThingsBlock
 from dsmim.weights.export import export
 from tests.conftest import image_bytes, make_shards, run, tiny_recipe
 from tests.weights.weight_files import VIT, run_directory, scrambled, timm_beit

@@ -4,10 +4,9 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models.vision_transformer import ParallelThingsBlock
 
 from dsmim.models import SimMIM, create_model
-from dsmim.models.vit import DeiT3
+from dsmim.models.vit import DeiT3, ParallelThingsBlock
 from dsmim.weights.files import warm_start
 from tests.conftest import tiny_recipe
 from tests.weights.weight_files import (
