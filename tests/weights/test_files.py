@@ -1,14 +1,19 @@
 """Files of weights: what is read from them, and what is refused."""
 
+import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from dsmim.weights.files import read
+from dsmim.checkpoint.reading import STATE_FORMAT
+from dsmim.preflight import _check_weights
+from dsmim.weights.files import read, unfinished
+from tests.conftest import tiny_recipe
 
 
 def test_what_is_read_from_a_file(tmp_path):
@@ -97,3 +102,21 @@ def test_other_code_under_the_name_of_yacs_is_refused(tmp_path):
     torch.save({"model": {"a": torch.ones(1)}, "config": Named()}, tmp_path / "bad.pth")
     with pytest.raises(ValueError, match=r"would run .*exec"):
         read(tmp_path / "bad.pth")
+
+
+@pytest.mark.parametrize(("duration", "told"), [({"steps": 12}, "is at step 6 of 12"), ({"steps": 6}, None),
+                                                ({"epochs": 2}, None)])  # fmt: skip
+def test_a_run_that_is_not_at_its_end_is_told(tmp_path, duration, told):
+    checkpoint = tmp_path / "checkpoints/step_00000006"
+    checkpoint.mkdir(parents=True)
+    recipe = tiny_recipe(tmp_path, schedule={"duration": duration})
+    (checkpoint / "state.json").write_text(json.dumps({"format": STATE_FORMAT, "step": 6, "recipe": recipe}))
+    found = unfinished(tmp_path)
+    assert found == (told and f"{tmp_path} {told}")
+    assert unfinished(checkpoint) is None and unfinished(tmp_path / "file.pth") is None
+    problem = f"model.weights: {tmp_path} {told}; wait until it is complete, or give one of its checkpoints"
+    if told:
+        with pytest.raises(ValueError, match=re.escape(problem)):
+            _check_weights(tmp_path)
+    else:
+        _check_weights(tmp_path)
