@@ -28,7 +28,7 @@ from dsmim.shards.index import ShardIndex
 from dsmim.shards.sample_format import NO_LABEL
 from dsmim.tasks import Task, build_task
 from dsmim.tasks.nearest import QUERIES, Neighbours, right_votes, votes
-from dsmim.tasks.ranking import tops
+from dsmim.tasks.ranking import accuracies, tops
 
 BLOCK = 8192
 """Samples of a block of the bank, about."""
@@ -157,7 +157,7 @@ class _Found:
             scores = votes(self.similarity[place, :k].cpu(), labels, classes, self.temperature)
             right += right_votes(scores, self.labels[place])
         total = runtime.sum(right.to(runtime.device)).tolist()
-        return {name: value / (queries or float("nan")) for name, value in zip(tops(classes), total, strict=True)}
+        return accuracies(total, queries, classes)
 
 
 def _counts(sets: dict[str, tuple[Labelled, int]], recipe: Recipe) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dsmim.cli.words import add_overrides, add_recipe, command, count
+from dsmim.cli.words import add_overrides, add_recipe, command, count, positive
 
 A100_TFLOPS, UTILISATION = 312, 0.4
 """10¹² operations per second of an A100 in bfloat16, by its data sheet; and the share of them that a training uses: our
@@ -21,7 +21,7 @@ def add_recipes(commands) -> None:
         help="print type, default and meaning of a key or a section (such as optim or optim.lr), or of all keys",
     )  # fmt: skip
     recipes.add_argument(
-        "--tflops", type=_rate, default=A100_TFLOPS * UTILISATION, metavar="RATE",
+        "--tflops", type=positive, default=A100_TFLOPS * UTILISATION, metavar="RATE",
         help="10^12 operations per second that a GPU really does, for the column GPU-hours (default: %(default)g, "
         f"which is {UTILISATION} of an A100's {A100_TFLOPS} in bf16)",
     )  # fmt: skip
@@ -76,16 +76,6 @@ def _print_table(tflops: float) -> None:
 
 def _rounded(hours: float) -> str:
     return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}"
-
-
-def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 def _samples(options: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from dsmim.tasks.base import Batch, Forward, Task, encoder_from
 from dsmim.tasks.label_map import LabelMap
 from dsmim.tasks.losses import LOSSES
 from dsmim.tasks.mixing import mix
-from dsmim.tasks.ranking import places, right_within, tops
+from dsmim.tasks.ranking import accuracies, places, right_within
 
 
 class _LabelledSample:
@@ -99,9 +99,8 @@ class Classify(Task):
         """Return mean loss, accuracy (top 1, 0 to 1), accuracy_top5 with more than 5 classes, and the number of
         samples; without samples the means are NaN."""
         loss, *right, samples = sums.tolist()
-        count = samples or float("nan")
-        shares = {name: value / count for name, value in zip(tops(len(self.scored)), right, strict=True)}
-        return {"loss": loss / count, **shares, "samples": int(samples)}
+        mean = loss / (samples or float("nan"))
+        return {"loss": mean, **accuracies(right, samples, len(self.scored)), "samples": int(samples)}
 
     def _targets(self, labels: torch.Tensor) -> torch.Tensor:
         """Return (B, classes): 1 - s on the label plus s / classes everywhere, as timm's mixup_target."""

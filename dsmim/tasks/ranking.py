@@ -36,3 +36,9 @@ def answers(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def right_within(place: torch.Tensor, weight: torch.Tensor, classes: int) -> list[torch.Tensor]:
     """Return for each figure of `tops(classes)` the sum of the weights (B,) of the images that it counts as right."""
     return [(weight * (place < top)).sum() for top in tops(classes).values()]
+
+
+def accuracies(right: list[float], samples: float, classes: int) -> dict[str, float]:
+    """Return the figures of `tops(classes)`: the shares of `samples` that the sums `right` are; NaN without samples."""
+    count = samples or float("nan")
+    return {name: value / count for name, value in zip(tops(classes), right, strict=True)}

@@ -16,7 +16,7 @@ from dsmim.shards.index import ShardIndex
 from dsmim.tasks.base import Batch, Forward
 from dsmim.tasks.classify import Classify
 from dsmim.tasks.label_map import IMAGENET_CLASSES, timm_list
-from dsmim.tasks.ranking import places, right_within, tops
+from dsmim.tasks.ranking import accuracies, places, right_within
 
 REAL = "real"
 _REAL_FILE = "imagenet_real_labels.json"
@@ -64,9 +64,7 @@ class RealLabels(Classify):
         """Return accuracy, accuracy_top5 with more than 5 classes, and the number of samples with a label; no loss:
         cross entropy has no one meaning for several right labels."""
         *right, samples = sums.tolist()
-        count = samples or float("nan")
-        shares = {name: value / count for name, value in zip(tops(len(self.scored)), right, strict=True)}
-        return {**shares, "samples": int(samples)}
+        return {**accuracies(right, samples, len(self.scored)), "samples": int(samples)}
 
 
 def read_right_labels(source: str, classes: int) -> RightLabels:
