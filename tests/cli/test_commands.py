@@ -10,7 +10,7 @@ import yaml
 
 from dsmim.cli.main import main
 from dsmim.recipe.reading import shipped_recipes
-from tests.conftest import dsmim, environment, run, tiny_recipe
+from tests.conftest import environment, run, tiny_recipe
 
 
 @pytest.fixture
